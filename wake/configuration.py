@@ -1,0 +1,144 @@
+"""The configuration as every decision sees it: a frozen snapshot held in memory.
+
+A snapshot is at most half a second old in any process, so that a change made in the admin is in
+force everywhere within one second without a query per request. In the process that made the
+change it is in force at once.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import timedelta
+from types import MappingProxyType
+from typing import Generic, TypeVar, cast
+
+from django.db import transaction
+
+from wake.errors import AgentError
+from wake.models import Agent, GatewaySettings, RunnerKind
+from wake.session_keys import Scope, SessionKey, main_session_key
+
+MAX_AGE_SECONDS = 0.5
+
+T = TypeVar("T")
+
+
+class Snapshot(Generic[T]):
+    """A value read from the database, read again when it is older than `max_age` seconds."""
+
+    def __init__(self, read: Callable[[], T], max_age: float = MAX_AGE_SECONDS) -> None:
+        self._read = read
+        self._max_age = max_age
+        self._held: tuple[T, float] | None = None
+
+    def __call__(self) -> T:
+        """Return the present value. Reads the database when the held one is too old."""
+        held = self._held
+        if held is None or time.monotonic() - held[1] > self._max_age:
+            # The time is taken before the read: the value may be older than it, never younger.
+            read_at = time.monotonic()
+            held = self._held = (self._read(), read_at)
+        return held[0]
+
+    def forget(self) -> None:
+        """Read anew at the next call, and once more after the transaction under way ends."""
+        self._held = None
+        transaction.on_commit(self._drop)
+
+    def _drop(self) -> None:
+        self._held = None
+
+
+@dataclass(frozen=True, slots=True)
+class AgentConfiguration:
+    """One agent; the fields are those of `wake.models.Agent`."""
+
+    id: str
+    name: str = ""
+    enabled: bool = True
+    paused: bool = False
+    heartbeat_every: timedelta = timedelta(minutes=30)
+    heartbeat_prompt: str = ""
+    runner: RunnerKind = RunnerKind.NONE
+    command: tuple[str, ...] = ()
+    url: str = ""
+    signing_secret: str = field(default="", repr=False)
+    timeout: timedelta = timedelta(minutes=10)
+    max_attempts: int = 8
+
+    @property
+    def runs(self) -> bool:
+        """Whether due heartbeats of this agent may run; otherwise its events wait."""
+        return self.enabled and not self.paused and self.runner != RunnerKind.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class GatewayConfiguration:
+    """The gateway's settings and all agents, by id and in the order of their ids."""
+
+    agents: Mapping[str, AgentConfiguration]
+    default_agent: str = "main"
+    main_key: str = "main"
+    scope: Scope = "per-agent"
+    heartbeats_enabled: bool = True
+    max_parallel_heartbeats: int = 16
+    max_queued_events: int = 10_000
+
+    def agent(self, agent_id: str | None) -> AgentConfiguration:
+        """Return the enabled agent that a request selects, or the default one for None or blank.
+
+        Raises AgentError, naming the agent, when it does not exist or is disabled.
+        """
+        wanted = (agent_id or "").strip().lower() or self.default_agent
+        agent = self.agents.get(wanted)
+        if agent is None:
+            raise AgentError(f'unknown agent "{_shown(wanted)}"')
+        if not agent.enabled:
+            raise AgentError(f'agent "{wanted}" is disabled')
+        return agent
+
+    def main_session(self, agent_id: str) -> SessionKey:
+        """Return the main session of the agent."""
+        return main_session_key(agent_id, main_key=self.main_key, scope=self.scope)
+
+
+def _shown(agent_id: str) -> str:
+    return ascii(agent_id[:80])[1:-1]
+
+
+def read() -> GatewayConfiguration:
+    """Read the configuration from the database."""
+    stored = GatewaySettings.objects.first() or GatewaySettings.ensure()
+    return GatewayConfiguration(
+        agents=MappingProxyType(
+            {agent.pk: _frozen(agent) for agent in Agent.objects.order_by("pk")}
+        ),
+        default_agent=stored.default_agent_id,
+        main_key=stored.main_key,
+        scope=cast("Scope", stored.scope),
+        heartbeats_enabled=stored.heartbeats_enabled,
+        max_parallel_heartbeats=stored.max_parallel_heartbeats,
+        max_queued_events=stored.max_queued_events,
+    )
+
+
+def _frozen(agent: Agent) -> AgentConfiguration:
+    return AgentConfiguration(
+        id=agent.pk,
+        name=agent.name,
+        enabled=agent.enabled,
+        paused=agent.paused,
+        heartbeat_every=agent.heartbeat_every,
+        heartbeat_prompt=agent.heartbeat_prompt,
+        runner=RunnerKind(agent.runner),
+        command=tuple(agent.command),
+        url=agent.url,
+        signing_secret=agent.signing_secret,
+        timeout=timedelta(seconds=agent.timeout_seconds),
+        max_attempts=agent.max_attempts,
+    )
+
+
+gateway: Snapshot[GatewayConfiguration] = Snapshot(read)

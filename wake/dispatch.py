@@ -1,0 +1,198 @@
+"""The one front door: a wake request in, a receipt out.
+
+Every way in (command line, HTTP, WebSocket, admin) ends here. What a wake does, with a session
+key or without, now or at the next heartbeat, is decided in `plan` and nowhere else; it is the
+table in docs/contract.md, "What a wake does".
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from enum import StrEnum
+from typing import Final, Literal
+from uuid import UUID
+
+from django.db import DatabaseError
+from django.utils import timezone
+
+from wake import configuration, queue, schedule, session_keys
+from wake.configuration import GatewayConfiguration
+from wake.errors import StorageUnavailable, TextError, WakeError
+from wake.models import DueReason
+from wake.session_keys import SessionKey
+
+MAX_TEXT_BYTES: Final = 64 * 1024
+
+
+class Mode(StrEnum):
+    """When an event is to be delivered."""
+
+    NOW = "now"
+    NEXT_HEARTBEAT = "next-heartbeat"
+
+
+@dataclass(frozen=True, slots=True)
+class WakeRequest:
+    """What a door asks for. A blank session key or agent id means none."""
+
+    text: str
+    source: str
+    mode: Mode = Mode.NOW
+    session_key: str | None = None
+    agent_id: str | None = None
+    external: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What happened: the answer of every door.
+
+    `event_id` names the event that stands for the wake: its own or, where it was coalesced with
+    one that still waits, that one's.
+    """
+
+    mode: Mode
+    event_outcome: Literal["queued", "coalesced", "replayed"]
+    session_key: str
+    event_id: UUID
+
+    def as_json(self) -> dict[str, str | bool]:
+        """Return the receipt as the doors write it."""
+        return {
+            "ok": True,
+            "mode": self.mode.value,
+            "eventOutcome": self.event_outcome,
+            "sessionKey": self.session_key,
+            "eventId": str(self.event_id),
+        }
+
+
+def dispatch(request: WakeRequest) -> Receipt:
+    """Store one wake and return its receipt once it is committed.
+
+    Raises Refused (nothing stored, the reason in its text), QueueFull or StorageUnavailable.
+    """
+    result = dispatch_batch([request])[0]
+    if isinstance(result, WakeError):
+        raise result
+    return result
+
+
+def dispatch_batch(
+    requests: Sequence[WakeRequest], *, now: datetime | None = None
+) -> list[Receipt | WakeError]:
+    """Store wakes in one transaction; return, in their order, a receipt or the error of each.
+
+    Raises StorageUnavailable when the database could not take the batch; then nothing is stored.
+    """
+    now = now or timezone.now()
+    results: list[Receipt | WakeError | None] = [None] * len(requests)
+    entries: list[tuple[int, queue.Entry]] = []
+    try:
+        snapshot = configuration.gateway()
+        for place, request in enumerate(requests):
+            try:
+                entries.append((place, plan(request, snapshot, now)))
+            except WakeError as error:
+                results[place] = error
+        stored = queue.enqueue(
+            [entry for _, entry in entries], now=now, max_queued=snapshot.max_queued_events
+        )
+    except DatabaseError as error:
+        raise StorageUnavailable("the event could not be stored now; try again") from error
+    for (place, entry), outcome in zip(entries, stored, strict=True):
+        results[place] = (
+            Receipt(requests[place].mode, outcome.outcome, entry.session.key, outcome.event_id)
+            if isinstance(outcome, queue.Stored)
+            else outcome
+        )
+    return [result for result in results if result is not None]
+
+
+def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) -> queue.Entry:
+    """Decide where a wake goes, when that session is due, and who is nudged. Pure.
+
+    Raises Refused: an agent that is unknown or disabled, a bad session key, a bad text.
+    """
+    text = clean_text(request.text)
+    agent, session = resolve_session(request.session_key, request.agent_id, snapshot)
+    at_once = queue.Due(now, DueReason.WAKE)
+    main_session = snapshot.main_session(agent)
+    nudged: tuple[SessionKey, ...] = ()
+    if session is None:
+        session = main_session
+        if request.mode == Mode.NOW:
+            nudged = _fan_out(request.agent_id, agent, snapshot)
+    due = at_once
+    if request.mode == Mode.NEXT_HEARTBEAT and session == main_session:
+        # Any other session is due at once: no schedule ever visits it.
+        scheduled = schedule.next_due(agent, snapshot.agents[agent].heartbeat_every, now)
+        if scheduled:
+            due = queue.Due(scheduled, DueReason.SCHEDULE)
+    return queue.Entry(session, text, request.source, request.external, due, nudged)
+
+
+def resolve_session(
+    raw_key: str | None, agent_id: str | None, snapshot: GatewayConfiguration
+) -> tuple[str, SessionKey | None]:
+    """Return the agent meant and the session that a key names; None for the latter without a key.
+
+    Raises AgentError or SessionKeyError.
+    """
+    selected = (agent_id or "").strip().lower() or None
+    agent = snapshot.agent(selected).id
+    session = session_keys.canonicalize(
+        raw_key,
+        selected_agent=selected,
+        default_agent=snapshot.default_agent,
+        main_key=snapshot.main_key,
+        scope=snapshot.scope,
+    )
+    return agent, session
+
+
+def _fan_out(
+    selected: str | None, agent: str, snapshot: GatewayConfiguration
+) -> tuple[SessionKey, ...]:
+    if (selected or "").strip():
+        return (snapshot.main_session(agent),)
+    return tuple(
+        snapshot.main_session(other.id) for other in snapshot.agents.values() if other.enabled
+    )
+
+
+def clean_text(text: str) -> str:
+    """Return an event's text, trimmed.
+
+    Raises TextError when it is empty, over 64 KiB in UTF-8, or not storable as text.
+    """
+    trimmed = text.strip()
+    if not trimmed:
+        raise TextError("text required")
+    try:
+        size = len(trimmed.encode())
+    except UnicodeEncodeError as error:
+        raise TextError("text is not valid Unicode: it contains a lone surrogate") from error
+    if size > MAX_TEXT_BYTES:
+        raise TextError(f"text is {size} bytes long; at most {MAX_TEXT_BYTES} are allowed")
+    if "\0" in trimmed:
+        raise TextError("text contains a NUL character")
+    return trimmed
+
+
+def for_system_event(text: str, session_key: str | None, *, source: str) -> WakeRequest:
+    """Return the wake that a WebSocket `system-event` stands for; it has no mode of its own.
+
+    With a key that session is woken. Without one, and for a presence line (`Node: …`, whose key is
+    ignored), the event waits in the default agent's main session and nobody is nudged.
+    """
+    if is_presence_line(text) or not (session_key or "").strip():
+        return WakeRequest(text, source, Mode.NEXT_HEARTBEAT)
+    return WakeRequest(text, source, Mode.NOW, session_key)
+
+
+def is_presence_line(text: str) -> bool:
+    """Whether a system event's text is a node's word about itself."""
+    return text.lstrip().startswith("Node:")

@@ -1,0 +1,133 @@
+"""The doorbell: telling every heartbeat loop, in any process, that there is work.
+
+`ring()` is called inside the transaction that makes the work; listeners hear it after the commit.
+In the same process they hear it directly. From another process they hear it
+
+* on PostgreSQL through LISTEN and NOTIFY, which the database sends with the commit;
+* on SQLite by asking `PRAGMA data_version` on a connection of its own: one read of shared memory
+  that changes when any other connection commits.
+
+Hearing too often is harmless. Hearing nothing is made good by the listener's own slow poll.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import sqlite3
+import threading
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any, Final
+
+from django.db import connection, transaction
+
+logger = logging.getLogger(__name__)
+
+CHANNEL: Final = "openclaw_wake"
+SQLITE_POLL_SECONDS: Final = 0.01
+RECONNECT_SECONDS: Final = 1.0
+
+_listeners: set[Callable[[], None]] = set()
+_listeners_lock = threading.Lock()
+
+
+def ring() -> None:
+    """Tell the listeners, once the transaction under way is committed."""
+    if connection.vendor == "postgresql":
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT pg_notify(%s, '')", [CHANNEL])
+    transaction.on_commit(_tell_this_process)
+
+
+def _tell_this_process() -> None:
+    with _listeners_lock:
+        listeners = list(_listeners)
+    for listener in listeners:
+        listener()
+
+
+@contextlib.asynccontextmanager
+async def listen(heard: asyncio.Event) -> AsyncIterator[None]:
+    """Set `heard` at every ring. The listener clears it before it looks for work."""
+    loop = asyncio.get_running_loop()
+
+    def hear() -> None:
+        # The loop may be closing while another thread rings.
+        with contextlib.suppress(RuntimeError):
+            loop.call_soon_threadsafe(heard.set)
+
+    with _listeners_lock:
+        _listeners.add(hear)
+    try:
+        async with _listen_to_other_processes(hear):
+            yield
+    finally:
+        with _listeners_lock:
+            _listeners.discard(hear)
+
+
+@contextlib.asynccontextmanager
+async def _listen_to_other_processes(hear: Callable[[], None]) -> AsyncIterator[None]:
+    if connection.vendor == "postgresql":
+        task = asyncio.create_task(_listen_on_postgresql(connection.get_connection_params(), hear))
+        try:
+            yield
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)
+    elif connection.vendor == "sqlite" and not connection.is_in_memory_db():  # type: ignore[attr-defined]
+        stopped = threading.Event()
+        path = Path(str(connection.settings_dict["NAME"]))
+        watcher = threading.Thread(
+            target=_watch_sqlite, args=(path, hear, stopped), name="doorbell", daemon=True
+        )
+        watcher.start()
+        try:
+            yield
+        finally:
+            stopped.set()
+            await asyncio.to_thread(watcher.join)
+    else:
+        yield
+
+
+async def _listen_on_postgresql(parameters: dict[str, Any], hear: Callable[[], None]) -> None:
+    import psycopg
+
+    # Django's own wrappers for cursors and types are of no use on a connection that only listens.
+    wanted = {
+        name: value
+        for name, value in parameters.items()
+        if name not in {"cursor_factory", "context", "prepare_threshold"}
+    }
+    while True:
+        try:
+            async with await psycopg.AsyncConnection.connect(
+                **wanted, autocommit=True
+            ) as listening:
+                await listening.execute(f"LISTEN {CHANNEL}")
+                hear()  # what was rung while nobody listened
+                async for _ in listening.notifies():
+                    hear()
+        except psycopg.Error as error:
+            logger.warning("doorbell: lost the database (%s); trying again", error)
+        await asyncio.sleep(RECONNECT_SECONDS)
+
+
+def _watch_sqlite(path: Path, hear: Callable[[], None], stopped: threading.Event) -> None:
+    while not stopped.is_set():
+        try:
+            with contextlib.closing(
+                sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
+            ) as watching:
+                seen = None
+                while not stopped.wait(SQLITE_POLL_SECONDS):
+                    (version,) = watching.execute("PRAGMA data_version").fetchone()
+                    if version != seen:
+                        seen = version
+                        hear()
+        except sqlite3.Error as error:
+            logger.warning("doorbell: cannot watch the database (%s); trying again", error)
+            stopped.wait(RECONNECT_SECONDS)

@@ -1,0 +1,1 @@
+"""Heartbeats: the loop that claims due sessions, the prompt, and one file for each runner."""

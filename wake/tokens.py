@@ -1,0 +1,47 @@
+"""Bearer tokens: made here, kept as hashes only, compared in constant time."""
+
+from __future__ import annotations
+
+import hashlib
+import secrets
+from datetime import datetime
+from typing import TypeVar
+
+from wake.models import HashedToken
+
+TokenModel = TypeVar("TokenModel", bound=HashedToken)
+
+_HINT_LENGTH = 8
+
+
+def digest(token: str) -> str:
+    """Return the hash under which a token is kept: hex SHA-256.
+
+    A plain hash is enough, because a token is 256 random bits and not a password.
+    """
+    return hashlib.sha256(token.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def create(
+    model: type[TokenModel],
+    name: str,
+    *,
+    prefix: str,
+    expires_at: datetime | None = None,
+) -> tuple[TokenModel, str]:
+    """Store a new token and return its row and the token itself, which nobody can read again."""
+    token = f"{prefix}{secrets.token_urlsafe(32)}"
+    row = model(
+        name=name,
+        digest=digest(token),
+        hint=token[: len(prefix) + _HINT_LENGTH][:16],
+        expires_at=expires_at,
+    )
+    row.full_clean()
+    row.save(force_insert=True)
+    return row, token
+
+
+def is_usable(token: HashedToken, now: datetime) -> bool:
+    """Whether the token is neither revoked nor expired."""
+    return token.revoked_at is None and (token.expires_at is None or token.expires_at > now)
