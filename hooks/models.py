@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Final
 
 from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
@@ -10,7 +10,16 @@ from django.db import models
 from django.db.models import Q
 from django.db.models.functions import Lower
 
+from hooks.template import Template, TemplateError
+from wake import configuration, dispatch
+from wake.errors import SessionKeyError
 from wake.models import Agent, HashedToken
+
+# The first part of every other address of this site, kept for later ones too: hooks cannot live
+# there, because they would never be reached or would stand in the way.
+RESERVED_PATHS: Final = frozenset({"admin", "api", "media", "static", "ws"})
+# Endpoints of their own below the base path; a mapping there would never be reached.
+ENDPOINTS: Final = frozenset({"agent", "wake"})
 
 
 class HookPolicy(models.Model):
@@ -26,7 +35,7 @@ class HookPolicy(models.Model):
         validators=[
             RegexValidator(
                 r"^/[A-Za-z0-9_-]+(?:/[A-Za-z0-9_-]+)*\Z",
-                "Use a path such as /hooks: it starts with a slash, ends without one, and is not /.",
+                "Use a path such as /hooks: a slash at the start and none at the end, not / alone.",
             )
         ],
         help_text="Where hooks live on this site. Never the root.",
@@ -52,6 +61,13 @@ class HookPolicy(models.Model):
     def __str__(self) -> str:
         return "hook policy"
 
+    def clean(self) -> None:
+        first = self.base_path.strip("/").partition("/")[0].lower()
+        if first in RESERVED_PATHS:
+            raise ValidationError(
+                {"base_path": f"/{first} belongs to another part of this site; use another path."}
+            )
+
     @classmethod
     def ensure(cls) -> HookPolicy:
         """Return the one row, made with its defaults where it is missing."""
@@ -59,14 +75,14 @@ class HookPolicy(models.Model):
 
 
 class AllowedSessionPrefix(models.Model):
-    """What a hook's session key must start with; any of the list will do, an empty list allows all."""
+    """What a hook's session key must start with: any of the list. An empty list allows all."""
 
     policy = models.ForeignKey(
         HookPolicy, on_delete=models.CASCADE, default=1, editable=False, related_name="prefixes"
     )
     prefix = models.CharField(
         max_length=200,
-        help_text="For example hook: or agent:main:hook: – compared in lower case.",
+        help_text="For example hook: or agent:main:hook: (compared in lower case).",
     )
 
     class Meta:
@@ -89,7 +105,7 @@ class HookToken(HashedToken):
 
 
 class HookMapping(models.Model):
-    """Turns the payload of one kind of hook into a wake. The first enabled one that matches acts."""
+    """Turns one kind of request into a wake. The first enabled mapping that matches acts."""
 
     class Action(models.TextChoices):
         WAKE = "wake", "wake: an event for a session"
@@ -103,8 +119,9 @@ class HookMapping(models.Model):
     enabled = models.BooleanField(default=True)
     match_path = models.CharField(
         max_length=200,
+        blank=True,
         help_text="The path below the hooks' base path, for example github or ci/build. "
-        "Outer slashes do not matter.",
+        "Outer slashes do not matter. Empty: every path.",
     )
     match_source = models.CharField(
         max_length=200,
@@ -136,3 +153,23 @@ class HookMapping(models.Model):
 
     def __str__(self) -> str:
         return self.name
+
+    def clean(self) -> None:
+        errors: dict[str, str] = {}
+        self.match_path = self.match_path.strip().strip("/")
+        if self.match_path in ENDPOINTS:
+            errors["match_path"] = f"{self.match_path} is an endpoint of its own; use another path."
+        for name in ("session_key", "text_template"):
+            try:
+                template = Template.parse(getattr(self, name))
+                if name == "session_key" and not template.expressions:
+                    self._check_fixed_session_key()
+            except (TemplateError, SessionKeyError) as error:
+                errors[name] = str(error)
+        if errors:
+            raise ValidationError(errors)
+
+    def _check_fixed_session_key(self) -> None:
+        snapshot = configuration.gateway()
+        if self.agent_id is None or self.agent_id in snapshot.agents:
+            dispatch.resolve_session(self.session_key, self.agent_id, snapshot)

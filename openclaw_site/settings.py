@@ -30,9 +30,15 @@ TRUSTED_PROXIES: list[str] = env.list("TRUSTED_PROXIES", default=[])
 OPENCLAW_GATEWAY_TOKEN: str = env.str("OPENCLAW_GATEWAY_TOKEN", default="")
 OPENCLAW_HOOKS_TOKEN: str = env.str("OPENCLAW_HOOKS_TOKEN", default="")
 
+# How long a heartbeat survives the silence of its process; then another process takes it over.
+HEARTBEAT_LEASE_SECONDS: float = env.float("HEARTBEAT_LEASE_SECONDS", default=15.0)
+
 INSTALLED_APPS = [
-    "daphne",
+    # Before the apps whose templates and commands (runserver) they replace.
+    "wake",
+    "hooks",
     "unfold",
+    "unfold.contrib.filters",
     "django.contrib.admin",
     "django.contrib.auth",
     "django.contrib.contenttypes",
@@ -41,8 +47,6 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
     "channels",
     "rest_framework",
-    "wake",
-    "hooks",
 ]
 
 MIDDLEWARE = [
@@ -86,10 +90,11 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
         "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;",
     }
     # A file, not memory: the tests open it from several threads and processes.
-    DATABASES["default"]["TEST"] = {"NAME": str(BASE_DIR / ".pytest_cache" / "test.sqlite3")}
+    DATABASES["default"]["TEST"] = {
+        "NAME": env.str("TEST_DATABASE", default=str(BASE_DIR / "test.sqlite3"))
+    }
 else:
     DATABASES["default"]["CONN_HEALTH_CHECKS"] = True
-    DATABASES["default"]["CONN_MAX_AGE"] = 60
 
 REDIS_URL: str = env.str("REDIS_URL", default="")
 CHANNEL_LAYERS = {
@@ -112,13 +117,16 @@ USE_TZ = True
 DEFAULT_AUTO_FIELD = "django.db.models.BigAutoField"
 
 STATIC_URL = "static/"
-STATIC_ROOT = BASE_DIR / "static-root"
 # Static files are served from the packages themselves: one command less before the first start.
 WHITENOISE_USE_FINDERS = True
 WHITENOISE_AUTOREFRESH = DEBUG
 
 SESSION_COOKIE_HTTPONLY = True
 SESSION_COOKIE_SAMESITE = "Lax"
+# Behind a proxy, people come over HTTPS; cookies then never travel without it.
+SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = env.bool(
+    "SECURE_COOKIES", default=bool(TRUSTED_PROXIES)
+)
 SECURE_CONTENT_TYPE_NOSNIFF = True
 X_FRAME_OPTIONS = "DENY"
 
@@ -135,4 +143,15 @@ LOGGING = {
     "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
     "root": {"handlers": ["stderr"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {"httpx": {"level": "WARNING"}},
+}
+
+UNFOLD: dict[str, Any] = {
+    "SITE_TITLE": "OpenClaw wake gateway",
+    "SITE_HEADER": "OpenClaw wake gateway",
+    "SITE_SYMBOL": "notifications_active",
+    "SHOW_VIEW_ON_SITE": False,
+    "SHOW_BACK_BUTTON": True,
+    "STYLES": ["wake.screens.stylesheet"],
+    "DASHBOARD_CALLBACK": "wake.dashboard.dashboard",
+    "SIDEBAR": {"navigation": "openclaw_site.navigation.sidebar"},
 }

@@ -7,48 +7,125 @@ change it is in force at once.
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import timedelta
 from types import MappingProxyType
-from typing import Generic, TypeVar, cast
+from typing import Any, Generic, TypeVar, cast
 
-from django.db import transaction
+from django.db import DatabaseError, connections, transaction
 
 from wake.errors import AgentError
 from wake.models import Agent, GatewaySettings, RunnerKind
 from wake.session_keys import Scope, SessionKey, main_session_key
+from wake.threads import on_kept_connection
 
 MAX_AGE_SECONDS = 0.5
+
+logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
 
 class Snapshot(Generic[T]):
-    """A value read from the database, read again when it is older than `max_age` seconds."""
+    """A value read from the database, read again when it is older than `max_age` seconds.
+
+    In a server the value is kept fresh by a thread (`keep_fresh`), so that neither a request nor
+    the event loop waits for the database. When reading fails, the last value stays in force.
+    """
 
     def __init__(self, read: Callable[[], T], max_age: float = MAX_AGE_SECONDS) -> None:
         self._read = read
         self._max_age = max_age
         self._held: tuple[T, float] | None = None
+        self._last: T | None = None
+        _snapshots.append(self)
 
     def __call__(self) -> T:
-        """Return the present value. Reads the database when the held one is too old."""
+        """Return the present value. Reads the database when the held one is too old.
+
+        Raises DatabaseError when it cannot be read and never was.
+        """
         held = self._held
         if held is None or time.monotonic() - held[1] > self._max_age:
-            # The time is taken before the read: the value may be older than it, never younger.
-            read_at = time.monotonic()
-            held = self._held = (self._read(), read_at)
+            return self.refresh()
         return held[0]
+
+    def refresh(self) -> T:
+        """Read the value anew and return it."""
+        # The time is taken before the read: the value may be older than it, never younger.
+        read_at = time.monotonic()
+        try:
+            # Django refuses to use the database on a thread that runs an event loop.
+            value = (
+                _reader.submit(_read_and_close, self._read).result()
+                if _in_event_loop()
+                else self._read()
+            )
+            self._last = value
+        except DatabaseError:
+            if self._last is None:
+                raise
+            logger.warning("configuration: cannot be read; the last one stays in force")
+            value = self._last
+        self._held = (value, read_at)
+        return value
 
     def forget(self) -> None:
         """Read anew at the next call, and once more after the transaction under way ends."""
-        self._held = None
-        transaction.on_commit(self._drop)
+        self._drop()
+        # Asked first, because `on_commit` opens a connection where there is none.
+        if transaction.get_connection().in_atomic_block:
+            transaction.on_commit(self._drop)
 
     def _drop(self) -> None:
         self._held = None
+
+
+_snapshots: list[Snapshot[Any]] = []
+_reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="configuration")
+
+
+def _in_event_loop() -> bool:
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return False
+    return True
+
+
+def _read_and_close(read: Callable[[], T]) -> T:
+    try:
+        return read()
+    finally:
+        connections.close_all()
+
+
+@contextlib.contextmanager
+def keep_fresh() -> Iterator[None]:
+    """Keep every snapshot of this process fresh, on a thread of its own, while this lasts."""
+    stopped = threading.Event()
+
+    def serve() -> None:
+        while not stopped.wait(MAX_AGE_SECONDS / 2):
+            for snapshot in _snapshots:
+                with contextlib.suppress(DatabaseError):  # never read yet: its first user will see
+                    on_kept_connection(snapshot.refresh)
+        connections.close_all()
+
+    thread = threading.Thread(target=serve, name="configuration", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        thread.join()
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from datetime import timedelta
 from typing import Any, ClassVar
+from urllib.parse import urlsplit
 
 from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
@@ -17,6 +18,7 @@ from django.db.models import F, Q
 
 from wake.encryption import EncryptedTextField
 from wake.session_keys import AGENT_ID_PATTERN
+from wake.signing import signing_key
 
 DEFAULT_HEARTBEAT_PROMPT = (
     "Look at the events above, if there are any, and do what they ask for. "
@@ -28,6 +30,21 @@ agent_id_validator = RegexValidator(
     "Use 1 to 64 lower-case letters, digits, hyphens and underscores; "
     "start with a letter or digit.",
 )
+
+
+def validate_http_url(url: str) -> None:
+    """Raise ValidationError unless it is an http or https URL with a host.
+
+    Looser than Django's own: hosts on private networks often have one label (http://agent:8080).
+    """
+    try:
+        parts = urlsplit(url)
+        has_host = bool(parts.hostname) and (parts.port is None or parts.port > 0)
+    except ValueError:
+        has_host = False
+    printable = url.isprintable() and not any(character.isspace() for character in url)
+    if not (has_host and printable and parts.scheme in {"http", "https"}):
+        raise ValidationError("Enter a URL such as https://agent.example.com/heartbeat.")
 
 
 class RunnerKind(models.TextChoices):
@@ -68,8 +85,11 @@ class Agent(models.Model):
         help_text="The program and its arguments. Set on the command line only: "
         "manage.py agents set ID --runner command -- PROGRAM ARGS…",
     )
-    url = models.URLField(
-        max_length=2000, blank=True, help_text="Where the http runner posts the heartbeat."
+    url = models.CharField(
+        max_length=2000,
+        blank=True,
+        validators=[validate_http_url],
+        help_text="Where the http runner posts the heartbeat.",
     )
     signing_secret = EncryptedTextField(
         blank=True,
@@ -95,14 +115,20 @@ class Agent(models.Model):
         return self.id
 
     def clean(self) -> None:
+        if not self.enabled and GatewaySettings.objects.filter(default_agent=self.pk).exists():
+            default = "This is the default agent; make another one the default first."
+            raise ValidationError({"enabled": default})
+        if self.signing_secret:
+            try:
+                signing_key(self.signing_secret)
+            except ValueError as error:
+                raise ValidationError({"signing_secret": str(error)}) from error
         if self.runner == RunnerKind.HTTP and not self.url:
             raise ValidationError({"url": "The http runner needs a URL."})
         if self.runner == RunnerKind.COMMAND and not self.command:
+            how = f"manage.py agents set {self.id or 'ID'} --runner command -- PROGRAM ARGS…"
             raise ValidationError(
-                {
-                    "runner": "The command runner needs a command, which is set on the command "
-                    f"line: manage.py agents set {self.id or 'ID'} --runner command -- PROGRAM ARGS…"
-                }
+                {"runner": f"The command runner needs a command, set on the command line: {how}"}
             )
 
 

@@ -340,6 +340,8 @@ def renew(run_ids: Collection[UUID], *, now: datetime, lease: timedelta) -> set[
 
     A run that is missing lost its lease, to another process that saw it run out.
     """
+    if not run_ids:
+        return set()
     with transaction.atomic():
         held = Session.objects.filter(lease_token__in=run_ids)
         # Locked in the order of their ids, as every batch is, so that none waits in a circle.
@@ -498,16 +500,15 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
     The same events are due again at once, unless the lost attempt was the last one that the agent
     has (`max_attempts`, by agent id): what kills the process eight times becomes dead letters.
     """
-    expired = Q(lease_until__lt=now) | Q(lease_until__gt=now + lease)
     # The second half is a clock that was set back: no lease reaches further than its length.
+    expired = Session.objects.filter(
+        Q(lease_until__lt=now) | Q(lease_until__gt=now + lease), lease_token__isnull=False
+    )
+    if not expired.exists():
+        return 0
     lost = 0
     with transaction.atomic():
-        sessions = (
-            Session.objects.select_for_update(skip_locked=True)
-            .filter(expired, lease_token__isnull=False)
-            .order_by("pk")
-        )
-        for session in sessions:
+        for session in expired.select_for_update(skip_locked=True).order_by("pk"):
             token = session.lease_token
             assert token is not None  # noqa: S101 - the filter says so
             if session.lease_until and session.lease_until > now + lease:

@@ -19,7 +19,8 @@ from datetime import datetime, timedelta
 from typing import Final, ParamSpec, TypeVar
 from uuid import UUID
 
-from django.db import close_old_connections, connection
+from django.conf import settings
+from django.db import connections
 from django.utils import timezone
 
 from wake import configuration, doorbell, queue, schedule
@@ -29,10 +30,10 @@ from wake.heartbeats.prompt import build_prompt, is_quiet
 from wake.heartbeats.runners import Delivered, Failed, Outcome, Runner, Turn, make_runner
 from wake.models import HeartbeatStatus, RunnerKind
 from wake.queue import Claim
+from wake.threads import call_in
 
 logger = logging.getLogger(__name__)
 
-LEASE: Final = timedelta(seconds=15)
 # The slow poll behind the doorbell. A configuration snapshot is at most half a second old, so a
 # change of an agent is in force within one second.
 POLL_SECONDS: Final = 0.4
@@ -48,15 +49,16 @@ class HeartbeatLoop:
     """One worker. `run` serves until `stop` is called; then it gives its work back and returns.
 
     `clock` gives the present time; tests pass their own. `lease` is how long a run survives the
-    silence of its process; it is renewed at a third of that.
+    silence of its process (by default the setting HEARTBEAT_LEASE_SECONDS); it is renewed at a
+    third of that.
     """
 
     def __init__(
-        self, *, clock: Callable[[], datetime] = timezone.now, lease: timedelta = LEASE
+        self, *, clock: Callable[[], datetime] = timezone.now, lease: timedelta | None = None
     ) -> None:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
         self._clock = clock
-        self._lease = lease
+        self._lease = lease or timedelta(seconds=settings.HEARTBEAT_LEASE_SECONDS)
         self._stopping = asyncio.Event()
         self._look_again = asyncio.Event()
         self._runs: set[asyncio.Task[None]] = set()
@@ -72,20 +74,16 @@ class HeartbeatLoop:
         self._look_again.set()
 
     async def run(self) -> None:
-        """Serve until stopped. A failing database is waited for, never a reason to end."""
+        """Serve until stopped. Neither a failing database nor a defect ends it: it starts again."""
         logger.info("heartbeats: %s started", self.owner)
         upkeep = asyncio.create_task(self._keep_up())
         try:
-            async with doorbell.listen(self._look_again):
-                while not self._stopping.is_set():
-                    self._look_again.clear()
-                    try:
-                        pause = await self._start_due()
-                    except Exception:
-                        logger.exception("heartbeats: could not claim; trying again")
-                        pause = DATABASE_RETRY_SECONDS
-                    with contextlib.suppress(TimeoutError):
-                        await asyncio.wait_for(self._look_again.wait(), pause)
+            while not self._stopping.is_set():
+                try:
+                    await self._serve()
+                except Exception:
+                    logger.exception("heartbeats: serving failed; starting again")
+                    await asyncio.sleep(DATABASE_RETRY_SECONDS)
         finally:
             for handing_over in self._handing_over.values():
                 handing_over.cancel()
@@ -94,6 +92,15 @@ class HeartbeatLoop:
             await asyncio.gather(upkeep, return_exceptions=True)
             await self.close()
             logger.info("heartbeats: %s stopped", self.owner)
+
+    async def _serve(self) -> None:
+        """Start what is due, and wait for the doorbell or the next due time, until stopped."""
+        async with doorbell.listen(self._look_again):
+            while not self._stopping.is_set():
+                self._look_again.clear()
+                pause = await self._start_due()
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._look_again.wait(), pause)
 
     async def run_once(self) -> int:
         """Claim what is due, run it to its end, and return how many heartbeats there were."""
@@ -107,7 +114,7 @@ class HeartbeatLoop:
         """Let go of the runners and of the database thread; no run is under way."""
         for runner in self._runners.values():
             await runner.close()
-        await self._in_database(connection.close)
+        await self._in_database(connections.close_all)
         self._database.shutdown()
 
     # --- Claiming -------------------------------------------------------------------------------
@@ -190,7 +197,7 @@ class HeartbeatLoop:
             "heartbeats: run %s of %s: %s, %d events, attempt %d",
             claim.run_id,
             claim.session.key,
-            "delivered" if isinstance(outcome, Delivered) else f"failed: {outcome.error[:200]}",
+            "delivered" if isinstance(outcome, Delivered) else f"failed: {outcome.error[:200]!r}",
             len(claim.events),
             claim.attempt,
         )
@@ -303,9 +310,4 @@ class HeartbeatLoop:
 
     async def _in_database(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `step` on the loop's database thread."""
-
-        def call() -> T:
-            close_old_connections()
-            return step(*args, **kwargs)
-
-        return await asyncio.get_running_loop().run_in_executor(self._database, call)
+        return await call_in(self._database, step, *args, **kwargs)

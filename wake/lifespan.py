@@ -1,0 +1,45 @@
+"""What runs beside the server in its process, started and stopped with it (ASGI lifespan).
+
+That is the thread that keeps the configuration fresh, and the heartbeat loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from typing import Final
+
+from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
+
+from wake import configuration
+from wake.heartbeats.loop import HeartbeatLoop
+
+# Set to 0 by `manage.py gateway --no-heartbeats`, for every worker process it starts.
+HEARTBEATS_VARIABLE: Final = "OPENCLAW_HEARTBEATS"
+
+
+class Lifespan:
+    """An ASGI application for the scope `lifespan`."""
+
+    async def __call__(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        heartbeats: HeartbeatLoop | None = None
+        serving: asyncio.Task[None] | None = None
+        beside = contextlib.ExitStack()
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.startup":
+                beside.enter_context(configuration.keep_fresh())
+                if os.environ.get(HEARTBEATS_VARIABLE, "1") != "0":
+                    heartbeats = HeartbeatLoop()
+                    serving = asyncio.create_task(heartbeats.run())
+                await send({"type": "lifespan.startup.complete"})
+            elif message["type"] == "lifespan.shutdown":
+                if heartbeats and serving:
+                    heartbeats.stop()
+                    await serving
+                beside.close()
+                await send({"type": "lifespan.shutdown.complete"})
+                return

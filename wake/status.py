@@ -1,0 +1,121 @@
+"""How things stand, in numbers: the counting queries of every screen, method and metric."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from datetime import datetime
+from functools import cache
+from importlib import metadata
+from typing import Any, Final
+
+from django.db.models import Count, Q, Sum
+from django.utils import timezone
+
+from wake import configuration
+from wake.models import EventState, Heartbeat, Session, SystemEvent
+
+PREVIEW_CHARACTERS: Final = 200
+
+_started = time.monotonic()
+
+
+@dataclass(frozen=True, slots=True)
+class QueueCounts:
+    """Events that are queued and that are dead letters; sessions that are due and that run."""
+
+    queued: int
+    due: int
+    running: int
+    dead: int
+
+
+def queue_counts(now: datetime | None = None) -> QueueCounts:
+    """Count the queue. `due` are the sessions whose heartbeat could start at `now`."""
+    counted = Session.objects.aggregate(
+        queued=Sum("queued", default=0),
+        due=Count("pk", filter=Q(due_at__lte=now or timezone.now(), lease_token=None)),
+        running=Count("pk", filter=Q(lease_token__isnull=False)),
+    )
+    return QueueCounts(**counted, dead=SystemEvent.objects.filter(state=EventState.DEAD).count())
+
+
+def uptime_ms() -> int:
+    """Return for how many milliseconds this process has been up."""
+    return int((time.monotonic() - _started) * 1000)
+
+
+@cache
+def version() -> str:
+    """Return the version of the installed package; 0.0.0 where it runs without being installed."""
+    try:
+        return metadata.version("openclaw-wake-gateway")
+    except metadata.PackageNotFoundError:
+        return "0.0.0"
+
+
+def milliseconds(moment: datetime) -> int:
+    """Return a moment as Unix time in milliseconds, as the gateway protocol writes it."""
+    return int(moment.timestamp() * 1000)
+
+
+def health() -> dict[str, Any]:
+    """Return the gateway's health as the protocol writes it; that it could be read says `ok`.
+
+    Raises DatabaseError.
+    """
+    started = time.monotonic()
+    snapshot = configuration.gateway()
+    counts = queue_counts()
+    return {
+        "ok": True,
+        "ts": milliseconds(timezone.now()),
+        "durationMs": int((time.monotonic() - started) * 1000),
+        "defaultAgentId": snapshot.default_agent,
+        "agents": [
+            {
+                "id": agent.id,
+                "name": agent.name,
+                "enabled": agent.enabled,
+                "paused": agent.paused,
+                "runner": agent.runner.value,
+                "isDefault": agent.id == snapshot.default_agent,
+            }
+            for agent in snapshot.agents.values()
+        ],
+        "queue": asdict(counts),
+        "heartbeats": {"enabled": snapshot.heartbeats_enabled},
+    }
+
+
+def summary() -> Mapping[str, Any]:
+    """Return the `status` method's payload. Raises DatabaseError."""
+    return {
+        "version": version(),
+        "uptimeMs": uptime_ms(),
+        "sessions": {"count": Session.objects.count()},
+        "queue": asdict(queue_counts()),
+        "heartbeats": {"enabled": configuration.gateway().heartbeats_enabled},
+        "lastHeartbeat": last_heartbeat(),
+    }
+
+
+def last_heartbeat() -> dict[str, Any] | None:
+    """Return the newest heartbeat that has ended as the protocol writes it, or None."""
+    run = (
+        Heartbeat.objects.filter(finished_at__isnull=False)
+        .select_related("session")
+        .order_by("-started_at")
+        .first()
+    )
+    if run is None or run.finished_at is None:
+        return None
+    return {
+        "ts": milliseconds(run.finished_at),
+        "status": run.status,
+        "reason": run.reason,
+        "preview": (run.reply or run.error)[:PREVIEW_CHARACTERS],
+        "durationMs": int((run.finished_at - run.started_at).total_seconds() * 1000),
+        "sessionKey": run.session.key,
+    }
