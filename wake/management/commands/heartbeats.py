@@ -1,0 +1,62 @@
+"""`manage.py heartbeats`: the heartbeat loop alone, for more processes and more machines."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from typing import Any, Final
+
+from django.core.management.base import BaseCommand, CommandError
+from django.db import DatabaseError, connection
+from django.db.migrations.executor import MigrationExecutor
+
+from wake.heartbeats.loop import HeartbeatLoop
+
+STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+
+
+class Command(BaseCommand):
+    help = "Run heartbeats alone until SIGINT or SIGTERM; a second signal stops at once."
+
+    def handle(self, **_: Any) -> None:
+        _require_migrated_database()
+        try:
+            asyncio.run(self._serve())
+        except asyncio.CancelledError:
+            raise CommandError(
+                "stopped at once; what was not given back is taken over when its lease runs out"
+            ) from None
+
+    async def _serve(self) -> None:
+        """Serve until the first signal. The second one cancels what is still being ended."""
+        loop = asyncio.get_running_loop()
+        heartbeats = HeartbeatLoop()
+        serving = asyncio.current_task()
+        assert serving is not None  # noqa: S101 - this is a coroutine
+
+        def stop_at_once() -> None:
+            for number in STOP_SIGNALS:
+                loop.remove_signal_handler(number)
+            serving.cancel()
+
+        def stop() -> None:
+            for number in STOP_SIGNALS:
+                loop.add_signal_handler(number, stop_at_once)
+            heartbeats.stop()
+
+        for number in STOP_SIGNALS:
+            loop.add_signal_handler(number, stop)
+        self.stdout.write("heartbeats ready")
+        self.stdout.flush()
+        await heartbeats.run()
+
+
+def _require_migrated_database() -> None:
+    try:
+        executor = MigrationExecutor(connection)
+        pending = executor.migration_plan(executor.loader.graph.leaf_nodes())
+    except DatabaseError as error:
+        raise CommandError(f"cannot use the database: {error}".strip()) from error
+    if pending:
+        raise CommandError("the database is not migrated; run manage.py migrate first")
+    connection.close()
