@@ -1,0 +1,34 @@
+"""The ASGI application: HTTP to Django, WebSocket to the gateway, heartbeats with the lifespan."""
+
+from __future__ import annotations
+
+import os
+
+from channels.routing import ProtocolTypeRouter, URLRouter  # type: ignore[import-untyped]
+from channels.security.websocket import WebsocketDenier  # type: ignore[import-untyped]
+from django.core.asgi import get_asgi_application
+from django.urls import path, re_path
+
+os.environ.setdefault("DJANGO_SETTINGS_MODULE", "openclaw_site.settings")
+# First of all: it sets Django up, without which no model can be imported.
+django_application = get_asgi_application()
+
+from hooks.bodies import BodyLimit  # noqa: E402
+from wake.gateway.connection import Connection  # noqa: E402
+from wake.lifespan import Lifespan  # noqa: E402
+
+connection = Connection.as_asgi()
+
+application = ProtocolTypeRouter(
+    {
+        "http": BodyLimit(django_application),  # type: ignore[arg-type] # Django types its scopes loosely
+        "websocket": URLRouter(
+            [
+                path("", connection),
+                path("ws", connection),
+                re_path("", WebsocketDenier.as_asgi()),
+            ]
+        ),
+        "lifespan": Lifespan(),
+    }
+)

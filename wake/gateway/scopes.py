@@ -1,0 +1,31 @@
+"""What an operator's connection may do."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from typing import Final
+
+READ: Final = "operator.read"
+WRITE: Final = "operator.write"
+ADMIN: Final = "operator.admin"
+ALL: Final = (ADMIN, READ, WRITE)
+
+_PREFIX = "operator."
+
+
+def includes(held: Collection[str], scope: str) -> bool:
+    """Whether scopes that are held cover another: admin covers every operator scope, write read."""
+    return (
+        scope in held
+        or (ADMIN in held and scope.startswith(_PREFIX))
+        or (scope == READ and WRITE in held)
+    )
+
+
+def grant(asked: Iterable[str], held: Collection[str]) -> tuple[str, ...]:
+    """Return the scopes of a connection: those it asked for that its credential holds.
+
+    None asked for means all that the credential holds.
+    """
+    wanted = dict.fromkeys(asked) or dict.fromkeys(held)
+    return tuple(scope for scope in wanted if includes(held, scope))

@@ -1,0 +1,184 @@
+"""`manage.py gateway`: migrate, make what the first start needs, and serve."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+import secrets
+import socket
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from typing import Any, Final
+
+import uvicorn
+from django.conf import settings
+from django.contrib.auth import get_user_model
+from django.core.management import call_command
+from django.core.management.base import BaseCommand, CommandError, CommandParser
+from django.db import DatabaseError, connection, transaction
+from uvicorn.supervisors import Multiprocess
+
+from hooks.models import HookToken
+from wake import tokens
+from wake.gateway.frames import MAX_PAYLOAD_BYTES
+from wake.lifespan import HEARTBEATS_VARIABLE
+from wake.models import GatewaySettings, GatewayToken
+
+GRACE_SECONDS: Final = 10
+_MIGRATION_LOCK: Final = 0x6F70_636C  # any number that nothing else in the database locks
+
+
+class Command(BaseCommand):
+    help = "Migrate, make the default agent, serve HTTP and WebSocket, and run heartbeats."
+    requires_migrations_checks = False
+
+    def add_arguments(self, parser: CommandParser) -> None:
+        parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
+        parser.add_argument("--port", type=int, default=8000, help="port; 0 takes a free one")
+        parser.add_argument(
+            "--workers",
+            type=int,
+            default=1,
+            help="server processes; more than one needs PostgreSQL and Redis",
+        )
+        parser.add_argument(
+            "--no-heartbeats",
+            action="store_true",
+            help="serve only; `manage.py heartbeats` runs the heartbeats elsewhere",
+        )
+
+    def handle(self, *, host: str, port: int, workers: int, no_heartbeats: bool, **_: Any) -> None:
+        _check_workers(workers)
+        # The port first: a second start by mistake ends here and touches nothing.
+        listening = _listen(host, port)
+        try:
+            with _one_at_a_time():
+                call_command("migrate", interactive=False, verbosity=0)
+                GatewaySettings.ensure()
+                self._show_once(_first_run())
+        except DatabaseError as error:
+            raise CommandError(f"cannot use the database: {error}") from error
+        connection.close()
+
+        os.environ[HEARTBEATS_VARIABLE] = "0" if no_heartbeats else "1"
+        _allow_host(host)
+        url = _url(host, listening.getsockname()[1])
+        threading.Thread(target=self._announce, args=(url,), daemon=True).start()
+        _serve(listening, workers)
+
+    def _show_once(self, made: dict[str, str]) -> None:
+        if not made:
+            return
+        self.stdout.write("\nFirst start. These are shown only this once:")
+        for name, value in made.items():
+            self.stdout.write(f"  {name:<16}{value}")
+        self.stdout.write("")
+
+    def _announce(self, url: str) -> None:
+        """Print the ready line once the server answers."""
+        with contextlib.suppress(urllib.error.HTTPError):  # any answer is an answer
+            urllib.request.urlopen(_probe_url(url), timeout=60).close()  # noqa: S310 - our own URL
+        self.stdout.write(f"ready {url}")
+        self.stdout.flush()
+
+
+def _check_workers(workers: int) -> None:
+    if workers < 1:
+        raise CommandError("--workers takes a number from 1 up")
+    if workers == 1:
+        return
+    if connection.vendor != "postgresql":
+        raise CommandError("more than one worker needs PostgreSQL: set DATABASE_URL")
+    if not settings.REDIS_URL:
+        raise CommandError("more than one worker needs Redis: set REDIS_URL")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        listening = socket.socket(family, kind, protocol)
+        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listening.bind(address)
+        listening.listen(2048)
+    except (OSError, OverflowError) as error:
+        raise CommandError(f"cannot listen on {host} port {port}: {error}") from error
+    listening.set_inheritable(True)
+    return listening
+
+
+@contextlib.contextmanager
+def _one_at_a_time() -> Iterator[None]:
+    """Let one gateway at a time prepare the database that several share."""
+    if connection.vendor != "postgresql":
+        yield
+        return
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT pg_advisory_lock(%s)", [_MIGRATION_LOCK])
+        try:
+            yield
+        finally:
+            cursor.execute("SELECT pg_advisory_unlock(%s)", [_MIGRATION_LOCK])
+
+
+@transaction.atomic
+def _first_run() -> dict[str, str]:
+    """Make the first user and the first tokens where there are none; return them by name."""
+    made: dict[str, str] = {}
+    users = get_user_model().objects
+    if not users.exists():
+        password = secrets.token_urlsafe(12)
+        users.create_superuser("admin", password=password)
+        made |= {"admin user": "admin", "admin password": password}
+    if not settings.OPENCLAW_GATEWAY_TOKEN and not GatewayToken.objects.exists():
+        _, made["gateway token"] = tokens.create(GatewayToken, "first start", prefix="ocg_")
+    if not settings.OPENCLAW_HOOKS_TOKEN and not HookToken.objects.exists():
+        _, made["hook token"] = tokens.create(HookToken, "first start", prefix="och_")
+    return made
+
+
+def _allow_host(host: str) -> None:
+    """Let requests name the address that the operator chose to listen on."""
+    with contextlib.suppress(ValueError):
+        if ipaddress.ip_address(host).is_unspecified:
+            return
+    name = f"[{host}]" if ":" in host else host
+    settings.ALLOWED_HOSTS = [*settings.ALLOWED_HOSTS, name]
+    # Worker processes read the settings anew.
+    os.environ["ALLOWED_HOSTS"] = ",".join(settings.ALLOWED_HOSTS)
+
+
+def _url(host: str, port: int) -> str:
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _probe_url(url: str) -> str:
+    return (
+        url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:") + "/admin/login/"
+    )
+
+
+def _serve(listening: socket.socket, workers: int) -> None:
+    config = uvicorn.Config(
+        "openclaw_site.asgi:application",
+        workers=workers,
+        lifespan="on",
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        proxy_headers=bool(settings.TRUSTED_PROXIES),
+        forwarded_allow_ips=settings.TRUSTED_PROXIES,
+        ws_max_size=MAX_PAYLOAD_BYTES,
+        timeout_graceful_shutdown=GRACE_SECONDS,
+    )
+    if workers > 1:
+        Multiprocess(config, sockets=[listening]).run()
+        return
+    server = uvicorn.Server(config)
+    server.run(sockets=[listening])
+    if not server.started:
+        raise CommandError("the server did not start; the reason is in the log above")
