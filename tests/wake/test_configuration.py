@@ -1,0 +1,119 @@
+"""The snapshot of the configuration: how soon a change is in force."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+
+import pytest
+from django.core.exceptions import ValidationError
+from django.db import transaction
+from pytest_django import DjangoAssertNumQueries
+
+from wake import configuration
+from wake.configuration import MAX_AGE_SECONDS, Snapshot
+from wake.models import Agent, GatewaySettings, RunnerKind
+
+
+@pytest.mark.django_db
+def test_a_held_snapshot_costs_no_query(
+    django_assert_num_queries: DjangoAssertNumQueries,
+) -> None:
+    configuration.gateway()
+    with django_assert_num_queries(0):
+        assert configuration.gateway().default_agent == "main"
+
+
+@pytest.mark.django_db(transaction=True)
+def test_a_change_is_in_force_at_once_in_the_process_that_made_it() -> None:
+    assert "ops" not in configuration.gateway().agents
+    agent = Agent.objects.create(id="ops", heartbeat_every=timedelta(0), command=["a", "b"])
+    assert configuration.gateway().agents["ops"].command == ("a", "b")
+    with transaction.atomic():
+        agent.delete()
+    assert "ops" not in configuration.gateway().agents
+
+
+@pytest.mark.django_db
+def test_a_change_of_another_process_is_in_force_within_a_second() -> None:
+    configuration.gateway()
+    GatewaySettings.objects.update(main_key="other")  # no signal: as if elsewhere
+    began = time.monotonic()
+    while configuration.gateway().main_key != "other":
+        assert time.monotonic() - began < 1
+        time.sleep(0.01)
+    assert time.monotonic() - began <= MAX_AGE_SECONDS + 0.3
+
+
+def test_a_snapshot_is_read_again_only_when_it_is_old() -> None:
+    reads: list[int] = []
+
+    def read() -> int:
+        reads.append(len(reads))
+        return reads[-1]
+
+    snapshot = Snapshot(read, max_age=60)
+    assert [snapshot(), snapshot()] == [0, 0]
+    old = Snapshot(read, max_age=-1)
+    assert [old(), old()] == [1, 2]
+
+
+@pytest.mark.django_db
+def test_the_first_read_makes_the_default_agent() -> None:
+    GatewaySettings.objects.all().delete()
+    Agent.objects.all().delete()
+    snapshot = configuration.read()
+    assert (snapshot.default_agent, list(snapshot.agents)) == ("main", ["main"])
+    assert snapshot.agents["main"].heartbeat_every == timedelta(minutes=30)
+    assert not snapshot.agents["main"].runs
+
+
+@pytest.mark.parametrize(
+    ("fields", "runs"),
+    [
+        ({"runner": "command"}, True),
+        ({"runner": "none"}, False),
+        ({"runner": "command", "paused": True}, False),
+        ({"runner": "command", "enabled": False}, False),
+    ],
+)
+def test_which_agents_run(fields: dict[str, object], runs: bool) -> None:
+    fields["runner"] = RunnerKind(str(fields["runner"]))
+    assert configuration.AgentConfiguration("x", **fields).runs is runs  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("fields", "named"),
+    [
+        ({"id": "Ops"}, "id"),
+        ({"id": "a" * 65}, "id"),
+        ({"id": "ops\n"}, "id"),
+        ({"runner": "http"}, "url"),
+        ({"runner": "command"}, "runner"),
+        ({"heartbeat_every": timedelta(seconds=-1)}, "heartbeat_every"),
+        ({"timeout_seconds": 0}, "timeout_seconds"),
+        ({"max_attempts": 0}, "max_attempts"),
+    ],
+)
+@pytest.mark.django_db
+def test_an_agent_that_makes_no_sense_is_refused(fields: dict[str, object], named: str) -> None:
+    with pytest.raises(ValidationError) as refused:
+        Agent(**{"id": "ops", **fields}).full_clean()
+    assert named in refused.value.message_dict
+
+
+@pytest.mark.django_db
+def test_secrets_are_encrypted_at_rest_and_not_shown() -> None:
+    from django.db import connection
+
+    Agent.objects.create(
+        id="ops", runner="http", url="http://x.test", signing_secret="whsec_geheim"
+    )
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT signing_secret FROM wake_agent WHERE id = 'ops'")
+        (stored,) = cursor.fetchone()
+    assert stored
+    assert "geheim" not in stored
+    agent = configuration.read().agents["ops"]
+    assert agent.signing_secret == "whsec_geheim"
+    assert "geheim" not in repr(agent)

@@ -1,0 +1,44 @@
+"""Turns for the tests of the runners."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any
+from uuid import UUID
+
+from wake.configuration import AgentConfiguration
+from wake.heartbeats.runners import Turn
+from wake.models import RunnerKind
+from wake.queue import ClaimedEvent
+
+RUN_ID = UUID("0199f000-0000-7000-8000-000000000001")
+EVENT = ClaimedEvent(
+    pk=1,
+    event_id=UUID("0199f000-0000-7000-8000-000000000002"),
+    text="CI finished: 214 passed, größer",
+    source="hook:ci",
+    external=True,
+    at=datetime(2026, 11, 22, 12, 30, tzinfo=UTC),
+)
+
+
+def command_turn(*command: str, prompt: str = "the prompt") -> Turn:
+    """Return a turn for an agent whose runner is this command."""
+    return _turn(prompt, runner=RunnerKind.COMMAND, command=command)
+
+
+def http_turn(url: str, signing_secret: str, *, prompt: str = "the prompt") -> Turn:
+    """Return a turn for an agent that is reached at this URL."""
+    return _turn(prompt, runner=RunnerKind.HTTP, url=url, signing_secret=signing_secret)
+
+
+def _turn(prompt: str, **agent: Any) -> Turn:
+    return Turn(
+        run_id=RUN_ID,
+        agent=AgentConfiguration(id="main", **agent),
+        session_key="agent:main:discord:channel:123",
+        reason="wake",
+        attempt=2,
+        prompt=prompt,
+        events=(EVENT,),
+    )
