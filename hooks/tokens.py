@@ -56,12 +56,5 @@ def revoke(name: str, *, now: datetime) -> int:
     """
     HookToken.objects.get(name=name)
     replaced = Q(name__startswith=f"{name[:REPLACED_NAME_LENGTH]}{REPLACED_MARK}")
-    valid = HookToken.objects.filter(Q(name=name) | replaced, revoked_at=None).exclude(
-        expires_at__lte=now
-    )
-    count = 0
-    for token in valid:
-        token.revoked_at = now
-        token.save(update_fields=["revoked_at"])
-        count += 1
-    return count
+    valid = HookToken.objects.filter(Q(name=name) | replaced).exclude(expires_at__lte=now)
+    return len(tokens.revoke(valid, now))

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import warnings
 
 from channels.routing import ProtocolTypeRouter, URLRouter  # type: ignore[import-untyped]
 from channels.security.websocket import WebsocketDenier  # type: ignore[import-untyped]
 from django.core.asgi import get_asgi_application
 from django.urls import path, re_path
+
+# Static files are read whole before they are sent; they are small, and browsers keep them.
+warnings.filterwarnings("ignore", message="StreamingHttpResponse must consume synchronous")
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "openclaw_site.settings")
 # First of all: it sets Django up, without which no model can be imported.

@@ -39,7 +39,9 @@ INSTALLED_APPS = [
     "hooks",
     "unfold",
     "unfold.contrib.filters",
-    "django.contrib.admin",
+    # Not the one that finds the pages by itself: openclaw_site.urls does, so that a command line
+    # that shows no page starts without them.
+    "django.contrib.admin.apps.SimpleAdminConfig",
     "django.contrib.auth",
     "django.contrib.contenttypes",
     "django.contrib.sessions",
@@ -151,7 +153,7 @@ UNFOLD: dict[str, Any] = {
     "SITE_SYMBOL": "notifications_active",
     "SHOW_VIEW_ON_SITE": False,
     "SHOW_BACK_BUTTON": True,
-    "STYLES": ["wake.screens.stylesheet"],
-    "DASHBOARD_CALLBACK": "wake.dashboard.dashboard",
+    "STYLES": ["wake.admin.screens.stylesheet"],
+    "DASHBOARD_CALLBACK": "wake.admin.dashboard.dashboard",
     "SIDEBAR": {"navigation": "openclaw_site.navigation.sidebar"},
 }

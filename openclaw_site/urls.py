@@ -5,6 +5,7 @@ from django.views.generic import RedirectView
 from hooks.paths import HookPathConverter
 from hooks.views import HookView
 
+admin.autodiscover()
 register_converter(HookPathConverter, "hook_path")
 
 urlpatterns = [

@@ -10,11 +10,12 @@ from functools import cache
 from importlib import metadata
 from typing import Any, Final
 
-from django.db.models import Count, Q, Sum
+from django.db.models import Count, OuterRef, Q, QuerySet, Subquery, Sum
+from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from wake import configuration
-from wake.models import EventState, Heartbeat, Session, SystemEvent
+from wake.models import Agent, EventState, Heartbeat, Session, SystemEvent
 
 PREVIEW_CHARACTERS: Final = 200
 
@@ -39,6 +40,24 @@ def queue_counts(now: datetime | None = None) -> QueueCounts:
         running=Count("pk", filter=Q(lease_token__isnull=False)),
     )
     return QueueCounts(**counted, dead=SystemEvent.objects.filter(state=EventState.DEAD).count())
+
+
+def with_counts(agents: QuerySet[Agent], now: datetime) -> QuerySet[Any]:
+    """Return agents, each with its `queued` events, `due` sessions and `dead` letters."""
+    # Subqueries, because two joins would multiply each other's rows.
+    sessions = Session.objects.filter(agent=OuterRef("pk")).order_by().values("agent")
+    due = Q(due_at__lte=now, lease_token__isnull=True)
+    dead = (
+        SystemEvent.objects.filter(session__agent=OuterRef("pk"), state=EventState.DEAD)
+        .order_by()
+        .values("session__agent")
+    )
+    counted: QuerySet[Any] = agents.annotate(
+        queued=Coalesce(Subquery(sessions.annotate(count=Sum("queued")).values("count")), 0),
+        due=Coalesce(Subquery(sessions.annotate(count=Count("pk", filter=due)).values("count")), 0),
+        dead=Coalesce(Subquery(dead.annotate(count=Count("pk")).values("count")), 0),
+    )
+    return counted
 
 
 def uptime_ms() -> int:

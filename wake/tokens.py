@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import secrets
+from collections.abc import Iterable
 from datetime import datetime
 from typing import TypeVar
 
@@ -40,6 +41,16 @@ def create(
     row.full_clean()
     row.save(force_insert=True)
     return row, token
+
+
+def revoke(tokens: Iterable[HashedToken], now: datetime) -> list[HashedToken]:
+    """Make tokens useless at once and return those that were not revoked before."""
+    revoked = [token for token in tokens if token.revoked_at is None]
+    for token in revoked:
+        token.revoked_at = now
+        # Saved one by one: the signal makes this process forget the token at once.
+        token.save(update_fields=["revoked_at"])
+    return revoked
 
 
 def is_usable(token: HashedToken, now: datetime) -> bool:

@@ -6,20 +6,19 @@ import argparse
 import json
 import shlex
 from collections.abc import Iterable, Sequence
-from datetime import datetime, timedelta
+from datetime import timedelta
 from typing import Any, Final
 
 from django.core.exceptions import ValidationError
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, transaction
-from django.db.models import Count, OuterRef, Q, QuerySet, Subquery, Sum
-from django.db.models.functions import Coalesce
 from django.utils import timezone
 
 from wake.durations import format_duration, parse_duration
-from wake.models import Agent, EventState, GatewaySettings, RunnerKind, Session, SystemEvent
+from wake.models import Agent, GatewaySettings, RunnerKind
 from wake.redaction import without_credentials
 from wake.signing import new_signing_secret, signing_key
+from wake.status import with_counts
 
 MAX_TARGET_CHARACTERS: Final = 60
 WRONG_USAGE: Final = 2
@@ -166,7 +165,7 @@ class Command(BaseCommand):
 
     def _list(self, *, as_json: bool) -> None:
         default_agent = GatewaySettings.ensure().default_agent_id
-        agents = _with_counts(timezone.now())
+        agents = with_counts(Agent.objects.order_by("pk"), timezone.now())
         if as_json:
             listed = [_as_json(agent, default_agent) for agent in agents]
             self.stdout.write(json.dumps(listed, indent=2, ensure_ascii=False))
@@ -266,23 +265,6 @@ def _one_line(error: ValidationError) -> str:
 
 
 # --- How an agent is shown --------------------------------------------------------------------
-
-
-def _with_counts(now: datetime) -> QuerySet[Agent]:
-    """Return all agents, each with its `queued` events, `due` sessions and `dead` letters."""
-    # Subqueries, because two joins would multiply each other's rows.
-    sessions = Session.objects.filter(agent=OuterRef("pk")).order_by().values("agent")
-    due = Q(due_at__lte=now, lease_token__isnull=True)
-    dead = (
-        SystemEvent.objects.filter(session__agent=OuterRef("pk"), state=EventState.DEAD)
-        .order_by()
-        .values("session__agent")
-    )
-    return Agent.objects.annotate(
-        queued=Coalesce(Subquery(sessions.annotate(count=Sum("queued")).values("count")), 0),
-        due=Coalesce(Subquery(sessions.annotate(count=Count("pk", filter=due)).values("count")), 0),
-        dead=Coalesce(Subquery(dead.annotate(count=Count("pk")).values("count")), 0),
-    ).order_by("pk")
 
 
 def _row(agent: Any, default_agent: str) -> tuple[str, ...]:

@@ -1,0 +1,69 @@
+"""The admin's sidebar: which pages there are, in which groups, and who sees them."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from django.http import HttpRequest
+from django.urls import reverse
+
+# Group, then title, icon (Material Symbols), application and model of each page in it.
+GROUPS: Final = (
+    (
+        "Work",
+        (
+            ("Sessions", "forum", "wake", "session"),
+            ("Events", "bolt", "wake", "systemevent"),
+            ("Heartbeats", "ecg_heart", "wake", "heartbeat"),
+        ),
+    ),
+    (
+        "Agents",
+        (
+            ("Agents", "smart_toy", "wake", "agent"),
+            ("Gateway settings", "tune", "wake", "gatewaysettings"),
+            ("Presence", "sensors", "wake", "presenceentry"),
+        ),
+    ),
+    (
+        "Hooks",
+        (
+            ("Policy", "policy", "hooks", "hookpolicy"),
+            ("Mappings", "alt_route", "hooks", "hookmapping"),
+            ("Tokens", "key", "hooks", "hooktoken"),
+        ),
+    ),
+    (
+        "Access",
+        (
+            ("Gateway tokens", "vpn_key", "wake", "gatewaytoken"),
+            ("Users", "person", "auth", "user"),
+            ("Groups", "group", "auth", "group"),
+        ),
+    ),
+)
+
+
+def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
+    """Return the sidebar as Unfold reads it, with the pages that this user may open."""
+    overview = {"title": "How things stand", "icon": "monitoring", "link": reverse("admin:index")}
+    groups: list[dict[str, Any]] = [{"title": "", "items": [overview]}]
+    for group, pages in GROUPS:
+        items = [
+            {
+                "title": title,
+                "icon": icon,
+                "link": reverse(f"admin:{application}_{model}_changelist"),
+            }
+            for title, icon, application, model in pages
+            if _may_open(request, application, model)
+        ]
+        if items:
+            groups.append({"title": group, "separator": True, "items": items})
+    return groups
+
+
+def _may_open(request: HttpRequest, application: str, model: str) -> bool:
+    return any(
+        request.user.has_perm(f"{application}.{verb}_{model}") for verb in ("view", "change")
+    )
