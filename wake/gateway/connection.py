@@ -64,6 +64,10 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
     come out of order.
     """
 
+    # No channel layer: nothing is broadcast yet, and what a connection does not use (Redis, it may
+    # be) cannot end it.
+    channel_layer_alias = ""
+
     def __init__(
         self,
         *,
