@@ -15,17 +15,21 @@ from asgiref.typing import (
     HTTPScope,
     Scope,
 )
+from django.conf import settings
 from rest_framework.request import Request
 
 from hooks.configuration import hooks
 from hooks.errors import BodyTooLarge, PayloadError
 
+MAX_OTHER_BODY_BYTES: Final = settings.DATA_UPLOAD_MAX_MEMORY_SIZE
+
 _NOTHING: Final[HTTPRequestEvent] = {"type": "http.request", "body": b"", "more_body": False}
 
 
 class BodyLimit:
-    """ASGI application around Django's: never takes more of a hook's body than the policy allows.
+    """ASGI application around Django's: never takes more of a body than may be.
 
+    For a hook that is what the policy allows, for all else what Django takes into memory.
     Django stores a body whole before any view sees the request. Here the rest of one that is too
     large is left unread, and what was read is handed over as if it ended there, one byte over the
     limit; the view, which knows whether the credential is right, then refuses it (`read_body`).
@@ -39,8 +43,9 @@ class BodyLimit:
     ) -> None:
         if scope["type"] == "http":
             path = scope["path"].removeprefix(scope.get("root_path", ""))
-            if hooks().relative_path(path) is not None:
-                receive = _limited(receive, scope, hooks().max_body_bytes)
+            is_hook = hooks().relative_path(path) is not None
+            limit = hooks().max_body_bytes if is_hook else MAX_OTHER_BODY_BYTES
+            receive = _limited(receive, scope, limit)
         await self._application(scope, receive, send)
 
 

@@ -11,7 +11,7 @@ class HookPathConverter:
     With hooks off nothing matches, and the site answers as if they did not exist.
     """
 
-    regex = ".+"
+    regex = r"(?s:.+)"
 
     def to_python(self, value: str) -> str:
         relative = hooks().relative_path(f"/{value}")

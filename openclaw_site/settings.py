@@ -52,6 +52,7 @@ INSTALLED_APPS = [
 ]
 
 MIDDLEWARE = [
+    "openclaw_site.middleware.refuse_nul",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -86,7 +87,7 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
         # A writer takes the write lock when its transaction begins, so that two writers wait for
         # each other instead of failing half-way.
         "transaction_mode": "IMMEDIATE",
-        "timeout": 20,
+        "timeout": 10,
         # WAL lets readers and the one writer work side by side; FULL makes a commit survive a
         # power cut, which is what an acknowledged event promises.
         "init_command": "PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL;",
@@ -97,6 +98,13 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
     }
 else:
     DATABASES["default"]["CONN_HEALTH_CHECKS"] = True
+    # A server that hangs, or a process that is frozen inside a transaction, must not hang others.
+    DATABASES["default"]["OPTIONS"] = {
+        "connect_timeout": 10,
+        "tcp_user_timeout": 15_000,
+        "options": "-c lock_timeout=5s -c idle_in_transaction_session_timeout=10s",
+        **DATABASES["default"].get("OPTIONS", {}),
+    }
 
 REDIS_URL: str = env.str("REDIS_URL", default="")
 CHANNEL_LAYERS = {

@@ -64,7 +64,7 @@ class LiveGateway:
         traceback: TracebackType | None,
     ) -> None:
         self.stop()
-        self._drop_database()
+        self.drop_database()
 
     def start(self, *, port: int = 0) -> None:
         """Start the process and wait until it says that it is ready."""
@@ -155,7 +155,8 @@ class LiveGateway:
         address = f"{default['HOST'] or 'localhost'}:{default['PORT'] or 5432}"
         return f"postgres://{user}@{address}/{self._database_name}"
 
-    def _drop_database(self) -> None:
+    def drop_database(self) -> None:
+        """Remove the database that was made for this gateway."""
         if self._postgresql:
             self._execute_on_postgresql(f'DROP DATABASE "{self._database_name}" WITH (FORCE)')
 

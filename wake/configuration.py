@@ -19,7 +19,7 @@ from datetime import timedelta
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
-from django.db import DatabaseError, connections, transaction
+from django.db import DatabaseError, connection, connections, transaction
 
 from wake.errors import AgentError
 from wake.models import Agent, GatewaySettings, RunnerKind
@@ -27,6 +27,7 @@ from wake.session_keys import Scope, SessionKey, main_session_key
 from wake.threads import on_kept_connection
 
 MAX_AGE_SECONDS = 0.5
+JOIN_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
 
@@ -36,8 +37,9 @@ T = TypeVar("T")
 class Snapshot(Generic[T]):
     """A value read from the database, read again when it is older than `max_age` seconds.
 
-    In a server the value is kept fresh by a thread (`keep_fresh`), so that neither a request nor
-    the event loop waits for the database. When reading fails, the last value stays in force.
+    In a server the value is kept fresh by a thread (`keep_fresh`), and an event loop takes what is
+    there, so that a database that hangs stops no loop. When reading fails, the last value stays in
+    force.
     """
 
     def __init__(self, read: Callable[[], T], max_age: float = MAX_AGE_SECONDS) -> None:
@@ -53,9 +55,11 @@ class Snapshot(Generic[T]):
         Raises DatabaseError when it cannot be read and never was.
         """
         held = self._held
-        if held is None or time.monotonic() - held[1] > self._max_age:
-            return self.refresh()
-        return held[0]
+        if held is not None and time.monotonic() - held[1] <= self._max_age:
+            return held[0]
+        if _is_kept_fresh and self._last is not None and _in_event_loop():
+            return self._last
+        return self.refresh()
 
     def refresh(self) -> T:
         """Read the value anew and return it."""
@@ -77,6 +81,13 @@ class Snapshot(Generic[T]):
         self._held = (value, read_at)
         return value
 
+    def confirm(self) -> None:
+        """Take the held value for as good as read just now: the database has not changed."""
+        if held := self._held:
+            self._held = (held[0], time.monotonic())
+        else:
+            self.refresh()
+
     def forget(self) -> None:
         """Read anew at the next call, and once more after the transaction under way ends."""
         self._drop()
@@ -89,6 +100,7 @@ class Snapshot(Generic[T]):
 
 
 _snapshots: list[Snapshot[Any]] = []
+_is_kept_fresh = False
 _reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="configuration")
 
 
@@ -109,23 +121,52 @@ def _read_and_close(read: Callable[[], T]) -> T:
 
 @contextlib.contextmanager
 def keep_fresh() -> Iterator[None]:
-    """Keep every snapshot of this process fresh, on a thread of its own, while this lasts."""
+    """Keep every snapshot of this process fresh, on a thread of its own, while this lasts.
+
+    They are read once before this begins. Raises DatabaseError.
+    """
+    global _is_kept_fresh
+    for snapshot in _snapshots:
+        snapshot()
     stopped = threading.Event()
 
     def serve() -> None:
+        seen: int | None = None
         while not stopped.wait(MAX_AGE_SECONDS / 2):
-            for snapshot in _snapshots:
-                with contextlib.suppress(DatabaseError):  # never read yet: its first user will see
-                    on_kept_connection(snapshot.refresh)
+            with contextlib.suppress(DatabaseError):
+                seen = on_kept_connection(_freshen, seen)
         connections.close_all()
 
     thread = threading.Thread(target=serve, name="configuration", daemon=True)
     thread.start()
+    _is_kept_fresh = True
     try:
         yield
     finally:
+        _is_kept_fresh = False
         stopped.set()
-        thread.join()
+        thread.join(JOIN_SECONDS)
+
+
+def _freshen(seen: int | None) -> int | None:
+    """Read all snapshots, unless the database is as it was at `seen`; return what to pass next."""
+    version = _data_version()
+    for snapshot in _snapshots:
+        if version is None or version != seen:
+            snapshot.refresh()
+        else:
+            snapshot.confirm()
+    return version
+
+
+def _data_version() -> int | None:
+    """Return a number that changes when another connection commits; None if there is none."""
+    if connection.vendor != "sqlite":
+        return None
+    with connection.cursor() as cursor:
+        cursor.execute("PRAGMA data_version")
+        version: int = cursor.fetchone()[0]
+    return version
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,7 +26,7 @@ from django.db import connection, transaction
 logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "openclaw_wake"
-SQLITE_POLL_SECONDS: Final = 0.01
+SQLITE_POLL_SECONDS: Final = 0.02
 RECONNECT_SECONDS: Final = 1.0
 
 _listeners: set[Callable[[], None]] = set()

@@ -31,7 +31,7 @@ class Lifespan:
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
-                beside.enter_context(configuration.keep_fresh())
+                await asyncio.to_thread(beside.enter_context, configuration.keep_fresh())
                 if os.environ.get(HEARTBEATS_VARIABLE, "1") != "0":
                     heartbeats = HeartbeatLoop()
                     serving = asyncio.create_task(heartbeats.run())
@@ -40,6 +40,6 @@ class Lifespan:
                 if heartbeats and serving:
                     heartbeats.stop()
                     await serving
-                beside.close()
+                await asyncio.to_thread(beside.close)
                 await send({"type": "lifespan.shutdown.complete"})
                 return

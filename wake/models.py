@@ -245,6 +245,10 @@ class Session(models.Model):
                 condition=Q(due_at__isnull=False, lease_token__isnull=True),
                 name="session_due",
             ),
+            # queue.next_due, correct_due_times and keep_schedules: what is due when, of all agents.
+            models.Index(
+                fields=["due_at"], condition=Q(due_at__isnull=False), name="session_due_at"
+            ),
             # queue.reap: leases that ran out.
             models.Index(
                 fields=["lease_until"],

@@ -11,6 +11,7 @@ or *when* it is due: that is `wake.dispatch`.
 
 from __future__ import annotations
 
+import heapq
 import random
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
@@ -20,7 +21,7 @@ from typing import Final, Literal
 from uuid import UUID
 
 from django.db import transaction
-from django.db.models import Exists, F, Min, OuterRef, Q, Subquery
+from django.db.models import F, Min, OuterRef, Q, Subquery
 from uuid_utils.compat import uuid7
 
 from wake import doorbell
@@ -92,11 +93,12 @@ class ClaimedEvent:
     at: datetime
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Claim:
     """A lease on a session: the events that one heartbeat is to hand over.
 
-    `run_id` is the fencing token: it must still be the session's when the heartbeat settles.
+    Each is its own: two claims are never equal. `run_id` is the fencing token: it must still be
+    the session's when the heartbeat settles.
     """
 
     run_id: UUID
@@ -153,6 +155,9 @@ def enqueue(
                 )
                 fresh.append(event)
                 newest[session.pk] = event
+                if session.batch_through is None and session.lease_token is None:
+                    # What failed was a heartbeat without events: this one has all its attempts.
+                    session.attempts = 0
                 session.queued += 1
                 session.last_event_at = now
                 results.append(Stored("queued", event.uid))
@@ -161,7 +166,7 @@ def enqueue(
                 _bring_forward(sessions[nudged], Due(now, DueReason.WAKE))
         SystemEvent.objects.bulk_create(fresh)
         Session.objects.bulk_update(
-            sessions.values(), ["queued", "due_at", "due_reason", "last_event_at"]
+            sessions.values(), ["queued", "attempts", "due_at", "due_reason", "last_event_at"]
         )
         doorbell.ring()
     return results
@@ -169,16 +174,15 @@ def enqueue(
 
 def _locked_sessions(keys: Collection[SessionKey]) -> dict[SessionKey, Session]:
     """Return the sessions, made where they are missing, locked until the transaction ends."""
-    condition = Q()
-    by_agent: dict[str, list[str]] = defaultdict(list)
-    for agent_id, key in keys:
-        by_agent[agent_id].append(key)
-    for agent_id, agent_keys in by_agent.items():
-        condition |= Q(agent_id=agent_id, key__in=agent_keys)
+    wanted = set(keys)
     # In the order of their ids, so that two batches never wait for each other in a circle.
-    locked = Session.objects.select_for_update().filter(condition).order_by("pk")
+    locked = (
+        Session.objects.select_for_update()
+        .filter(agent_id__in={key.agent_id for key in wanted}, key__in={key.key for key in wanted})
+        .order_by("pk")
+    )
     found = {SessionKey(session.agent_id, session.key): session for session in locked}
-    missing = sorted(set(keys) - found.keys())
+    missing = sorted(wanted - found.keys())
     if missing:
         # Another process may make the same session at this moment; then its row is used.
         Session.objects.bulk_create(
@@ -238,18 +242,40 @@ def next_due(agents: Collection[str]) -> datetime | None:
 
 
 def claim(
-    agents: Collection[str], *, limit: int, owner: str, now: datetime, lease: timedelta
+    running: Mapping[str, int],
+    *,
+    limit: int,
+    most_each: int,
+    owner: str,
+    now: datetime,
+    lease: timedelta,
 ) -> list[Claim]:
-    """Lease up to `limit` due sessions of these agents, in the order in which they were due.
+    """Lease up to `limit` due sessions, each agent's in the order in which they were due.
+
+    `running` names the agents to claim for, with how many runs of theirs the caller has under way;
+    none gets more than `most_each`. Agents take turns, so that one with much to do does not hold
+    up the others. Fewer claims than `limit` do not mean that nothing more is due.
 
     Each claim's heartbeat is recorded as running, and counts as an attempt from now on: a process
-    that dies with it has used it up. Agents take turns, so that one with much to do does not hold
-    up the others.
+    that dies with it has used it up.
     """
+    due = Session.objects.filter(due_at__lte=now, lease_token__isnull=True)
+    first = due.filter(agent_id=OuterRef("pk")).order_by("due_at").values("due_at")[:1]
     with transaction.atomic():
+        firsts = Agent.objects.filter(pk__in=running).annotate(first=Subquery(first))
+        places = allot(
+            dict(firsts.filter(first__isnull=False).values_list("pk", "first")),
+            running,
+            limit=limit,
+            most_each=most_each,
+        )
         claims = [
             _take(session, owner=owner, now=now, lease=lease)
-            for session in _due_sessions(agents, limit, now)
+            for agent_id, count in places.items()
+            # Another process may hold a row's lock: it is claiming it, so it is skipped.
+            for session in due.filter(agent_id=agent_id)
+            .order_by("due_at", "pk")
+            .select_for_update(skip_locked=True)[:count]
         ]
         if claims:
             Heartbeat.objects.bulk_create(
@@ -269,33 +295,34 @@ def claim(
     return claims
 
 
-def _due_sessions(agents: Collection[str], limit: int, now: datetime) -> list[Session]:
-    due = Session.objects.filter(due_at__isnull=False, due_at__lte=now, lease_token__isnull=True)
-    busy_agents = Agent.objects.filter(
-        Exists(due.filter(agent_id=OuterRef("pk"))), pk__in=agents
-    ).values_list("pk", flat=True)
-    # Another process may hold a row's lock: it is claiming it, so it is skipped and not waited for.
-    by_agent = [
-        list(
-            due.filter(agent_id=agent_id)
-            .order_by("due_at", "pk")
-            .select_for_update(skip_locked=True)[:limit]
-        )
-        for agent_id in busy_agents
+def allot(
+    first_due: Mapping[str, datetime], running: Mapping[str, int], *, limit: int, most_each: int
+) -> dict[str, int]:
+    """Share `limit` places among the agents that have something due. Pure.
+
+    Each place goes to the agent with the fewest runs under way, and among equals to the one that
+    has waited longest. Returns the places by agent; an agent may have less due than it is given.
+    """
+    waiting = [
+        (running.get(agent_id, 0), due_at, agent_id) for agent_id, due_at in first_due.items()
     ]
-    in_turns = (
-        (place, session.due_at, session)
-        for sessions in by_agent
-        for place, session in enumerate(sessions)
-    )
-    ordered = sorted(in_turns, key=lambda turn: turn[:2])
-    return [session for _, _, session in ordered[:limit]]
+    heapq.heapify(waiting)
+    places: dict[str, int] = defaultdict(int)
+    for _ in range(limit):
+        if not waiting or waiting[0][0] >= most_each:
+            break
+        count, due_at, agent_id = heapq.heappop(waiting)
+        places[agent_id] += 1
+        heapq.heappush(waiting, (count + 1, due_at, agent_id))
+    return dict(places)
 
 
 def _take(session: Session, *, owner: str, now: datetime, lease: timedelta) -> Claim:
     events, more = _next_batch(session)
     run_id = uuid7()
-    attempt = session.attempts + 1
+    # Attempts count for a batch of events; those of a heartbeat that had none are not theirs.
+    is_new_batch = bool(events) and session.batch_through is None
+    attempt = 1 if is_new_batch else session.attempts + 1
     # Nobody else can have won: the row was read under its lock in this transaction.
     Session.objects.filter(pk=session.pk).update(
         lease_token=run_id,
@@ -335,15 +362,18 @@ def _next_batch(session: Session) -> tuple[tuple[ClaimedEvent, ...], bool]:
     return tuple(taken), session.queued > len(taken)
 
 
-def renew(run_ids: Collection[UUID], *, now: datetime, lease: timedelta) -> set[UUID]:
-    """Extend the leases of these runs and return those that still hold one.
+def renew(claims: Collection[Claim], *, now: datetime, lease: timedelta) -> set[UUID]:
+    """Extend the leases of these claims and return the run ids of those that still hold one.
 
-    A run that is missing lost its lease, to another process that saw it run out.
+    A claim that is missing lost its lease, to another process that saw it run out.
     """
-    if not run_ids:
+    if not claims:
         return set()
     with transaction.atomic():
-        held = Session.objects.filter(lease_token__in=run_ids)
+        held = Session.objects.filter(
+            pk__in={claim.session_id for claim in claims},
+            lease_token__in={claim.run_id for claim in claims},
+        )
         # Locked in the order of their ids, as every batch is, so that none waits in a circle.
         tokens = held.select_for_update().order_by("pk").values_list("lease_token", flat=True)
         renewed = {token for token in tokens if token}
@@ -397,7 +427,9 @@ def fail(
     """
     with transaction.atomic():
         session = _leased_session(claim)
-        if permanent or claim.attempt >= max_attempts:
+        # A heartbeat without events is not tried again when there are events by now.
+        overtaken = not claim.events and session.queued > 0
+        if permanent or overtaken or claim.attempt >= max_attempts:
             session.queued -= _settle_events(claim, EventState.DEAD, now)
             session.attempts = 0
             session.batch_through = None
@@ -520,6 +552,8 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
                 session.attempts = 0
                 session.batch_through = None
             session.due_at, session.due_reason = now, DueReason.RECOVERY
+            if not session.queued and not session.attempts:
+                session.due_at, session.due_reason = None, ""
             session.save()
             _finish(
                 token, HeartbeatStatus.LOST, now, error="its process stopped renewing the lease"
@@ -553,35 +587,59 @@ def correct_due_times(*, now: datetime) -> int:
     return stalled.update(due_at=now)
 
 
-def keep_schedule(
-    session_key: SessionKey, next_scheduled: datetime | None, *, now: datetime
-) -> None:
-    """Make a main session due at its next scheduled time; with the schedule off, at none.
+def turn_back_retries(by: timedelta, *, now: datetime) -> int:
+    """Bring retries forward by as much as the clock was set back; return how many."""
+    return Session.objects.filter(due_at__gt=now, due_reason=DueReason.RETRY).update(
+        due_at=F("due_at") - by
+    )
 
-    Without a schedule, events that waited for one are due at once.
+
+def keep_schedules(schedules: Mapping[SessionKey, datetime | None], *, now: datetime) -> None:
+    """Make each agent's main session due at its next scheduled time; without a schedule, at none.
+
+    `schedules` holds every main session. Events that wait for a schedule that is no more, or in a
+    session that no longer is a main session, are due at once.
     """
-    known = Session.objects.filter(agent_id=session_key.agent_id, key=session_key.key)
-    state = known.values_list("due_at", "due_reason", "lease_token").first()
-    due_at, due_reason, lease_token = state or (None, "", None)
-    if next_scheduled is None:
-        changes = due_reason == DueReason.SCHEDULE
-    else:
-        idle = due_at is None and lease_token is None
-        changes = idle or (
-            due_reason == DueReason.SCHEDULE and due_at is not None and due_at > next_scheduled
-        )
-    if not changes:
+    main_sessions = Session.objects.filter(
+        agent_id__in={key.agent_id for key in schedules}, key__in={key.key for key in schedules}
+    )
+    scheduled = Session.objects.filter(due_at__gt=now, due_reason=DueReason.SCHEDULE)
+    known = {
+        SessionKey(session.agent_id, session.key): session
+        for session in (*main_sessions, *scheduled)
+    }
+    changed = [
+        key
+        for key in schedules.keys() | known.keys()
+        if _is_off_schedule(known.get(key), schedules.get(key))
+    ]
+    if not changed:
         return
     with transaction.atomic():
-        session = _locked_sessions([session_key])[session_key]
-        if session.due_reason == DueReason.SCHEDULE:
-            session.due_at, session.due_reason = None, ""
-        if next_scheduled is not None:
-            _bring_forward(session, Due(next_scheduled, DueReason.SCHEDULE))
-        elif session.queued and session.due_at is None:
-            session.due_at, session.due_reason = now, DueReason.WAKE
-        session.save(update_fields=["due_at", "due_reason"])
+        sessions = _locked_sessions(changed)
+        for key, session in sessions.items():
+            _put_on_schedule(session, schedules.get(key), now)
+        Session.objects.bulk_update(sessions.values(), ["due_at", "due_reason"])
         doorbell.ring()
+
+
+def _is_off_schedule(session: Session | None, next_scheduled: datetime | None) -> bool:
+    if next_scheduled is None:
+        return session is not None and session.due_reason == DueReason.SCHEDULE
+    if session is None:
+        return True
+    if session.due_at is None:
+        return session.lease_token is None
+    return session.due_reason == DueReason.SCHEDULE and session.due_at > next_scheduled
+
+
+def _put_on_schedule(session: Session, next_scheduled: datetime | None, now: datetime) -> None:
+    if session.due_reason == DueReason.SCHEDULE:
+        session.due_at, session.due_reason = None, ""
+    if next_scheduled is not None:
+        _bring_forward(session, Due(next_scheduled, DueReason.SCHEDULE))
+    elif session.queued and session.due_at is None:
+        session.due_at, session.due_reason = now, DueReason.WAKE
 
 
 # --- By hand ------------------------------------------------------------------------------------

@@ -87,7 +87,12 @@ def wake(
 
 def claim(*agents: str) -> queue.Claim:
     return queue.claim(
-        agents or ("main",), limit=1, owner="tests", now=timezone.now(), lease=LEASE
+        dict.fromkeys(agents or ("main",), 0),
+        limit=1,
+        most_each=1,
+        owner="tests",
+        now=timezone.now(),
+        lease=LEASE,
     )[0]
 
 

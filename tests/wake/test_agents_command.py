@@ -196,7 +196,8 @@ def test_the_list_counts_what_waits_is_due_and_is_dead() -> None:
     assert counts == {"main": (1, 1, 0), "ops": (4, 2, 0)}
 
     now = timezone.now()
-    [claim] = queue.claim(["ops"], limit=1, owner="test", now=now, lease=timedelta(seconds=15))
+    lease = timedelta(seconds=15)
+    [claim] = queue.claim({"ops": 0}, limit=1, most_each=1, owner="test", now=now, lease=lease)
     queue.fail(claim, "no", now=now, max_attempts=8, permanent=True)
     counts = {name: (row["queued"], row["due"], row["dead"]) for name, row in listed().items()}
     assert counts["ops"] == (2, 1, 2)

@@ -214,7 +214,12 @@ def test_fan_out_puts_the_event_in_one_session_and_wakes_both_agents() -> None:
     dispatch(WakeRequest("everyone", "cli"))
     assert SystemEvent.objects.get().session.key == "agent:main:main"
     due = queue.claim(
-        ["main", "ops"], limit=9, owner="t", now=datetime.now(UTC), lease=timedelta(9)
+        {"main": 0, "ops": 0},
+        limit=9,
+        most_each=9,
+        owner="t",
+        now=datetime.now(UTC),
+        lease=timedelta(9),
     )
     found = {claim.session.key: len(claim.events) for claim in due}
     assert found == {"agent:main:main": 1, "agent:ops:main": 0}

@@ -334,3 +334,59 @@ async def test_a_defect_in_a_runner_is_a_failed_attempt() -> None:
     await loop.close()
     heartbeat = await Heartbeat.objects.aget()
     assert heartbeat.status == HeartbeatStatus.FAILED
+
+
+async def test_an_agent_that_hangs_in_all_its_sessions_leaves_room_for_others(
+    tmp_path: Path,
+) -> None:
+    stored = await sync_to_async(GatewaySettings.ensure)()
+    stored.max_parallel_heartbeats = 4
+    await stored.asave()
+    await sync_to_async(set_agent)(**recorder(tmp_path / "hangs", 60))
+    await sync_to_async(set_agent)("ops", **recorder(tmp_path / "inbox"))
+    async with serving(HeartbeatLoop()):
+        for number in range(8):
+            await sync_to_async(wake)("x", f"s{number}")
+        await until(lambda: len(recorded(tmp_path / "hangs")) == 3)
+        await sync_to_async(wake)("me too", "x", agent="ops")
+        await until(lambda: len(recorded(tmp_path / "inbox")) == 1, 2)
+    assert len(recorded(tmp_path / "hangs")) == 3
+
+
+async def test_a_clock_that_is_set_forward_takes_no_lease_from_a_living_process(
+    tmp_path: Path,
+) -> None:
+    """Another process is frozen for a moment; this one sees the clock leap by an hour."""
+    inbox, lease = tmp_path / "inbox", timedelta(seconds=1.5)
+    await sync_to_async(set_agent)(**recorder(inbox), heartbeat_every=timedelta(0))
+    await sync_to_async(wake)("elsewhere")
+    (elsewhere,) = await sync_to_async(queue.claim)(
+        {"main": 0}, limit=1, most_each=1, owner="other", now=datetime.now(UTC), lease=lease
+    )
+    leap = [timedelta(0)]
+    async with serving(HeartbeatLoop(clock=lambda: datetime.now(UTC) + leap[0], lease=lease)):
+        await asyncio.sleep(0.6)
+        leap[0] = timedelta(hours=1)
+        await asyncio.sleep(0.8)
+        now = datetime.now(UTC) + leap[0]
+        assert await sync_to_async(queue.renew)([elsewhere], now=now, lease=lease)
+        await sync_to_async(queue.settle)(elsewhere, HeartbeatStatus.DELIVERED, now=now)
+    assert recorded(inbox) == []
+
+
+async def test_a_clock_that_is_set_back_stalls_neither_schedules_nor_retries(
+    tmp_path: Path,
+) -> None:
+    inbox = tmp_path / "inbox"
+    await sync_to_async(set_agent)(**recorder(inbox), timeout_seconds=600)
+    await sync_to_async(wake)("once more")
+    (first,) = await sync_to_async(queue.claim)(
+        {"main": 0}, limit=1, most_each=1, owner="other", now=datetime.now(UTC),
+        lease=timedelta(seconds=15),
+    )  # fmt: skip
+    back = [timedelta(0)]
+    async with serving(HeartbeatLoop(clock=lambda: datetime.now(UTC) - back[0])):
+        await sync_to_async(queue.fail)(first, "no", now=datetime.now(UTC), max_attempts=8)
+        back[0] = timedelta(minutes=55)
+        await until(lambda: len(recorded(inbox)) == 1, 8)
+    assert "once more" in recorded(inbox)[0]["prompt"]

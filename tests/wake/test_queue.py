@@ -6,6 +6,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 from django.db import DatabaseError, IntegrityError, transaction
+from hypothesis import given
+from hypothesis import strategies as st
 from pytest_django import DjangoAssertNumQueries
 
 from wake import queue
@@ -42,7 +44,9 @@ def enqueue(*entries: Entry, max_queued: int = 10_000) -> list[Stored | QueueFul
 def claim(
     now: datetime = NOW, *, limit: int = 10, agents: tuple[str, ...] = ("main",)
 ) -> list[Claim]:
-    return queue.claim(agents, limit=limit, owner="test", now=now, lease=LEASE)
+    return queue.claim(
+        dict.fromkeys(agents, 0), limit=limit, most_each=99, owner="test", now=now, lease=LEASE
+    )
 
 
 def outcomes(results: list[Stored | QueueFull]) -> list[str]:
@@ -57,10 +61,10 @@ def test_a_batch_is_stored_in_one_transaction_with_receipts_in_order(
         results = enqueue(*entries)
     stored = {event.uid: event for event in SystemEvent.objects.select_related("session")}
     assert len(stored) == 100
-    for given, result in zip(entries, results, strict=True):
+    for asked, result in zip(entries, results, strict=True):
         assert isinstance(result, Stored)
-        assert stored[result.event_id].text == given.text
-        assert stored[result.event_id].session.key == given.session.key
+        assert stored[result.event_id].text == asked.text
+        assert stored[result.event_id].session.key == asked.session.key
 
 
 def test_an_empty_batch_is_nothing() -> None:
@@ -279,17 +283,103 @@ def test_a_clock_that_was_set_back_stalls_nothing() -> None:
     assert taken.run_id
 
 
-def test_agents_take_turns() -> None:
+@pytest.mark.parametrize("limit", [1, 2])
+def test_agents_take_turns(limit: int) -> None:
     Agent.objects.create(id="ops")
     enqueue(
-        *(
-            entry("a", SessionKey("main", f"agent:main:{n}"), at=NOW - timedelta(1))
-            for n in range(9)
-        ),
+        *(entry("a", SessionKey("main", f"agent:main:{n}"), at=NOW - LEASE) for n in range(9)),
         entry("b", SessionKey("ops", "agent:ops:x")),
     )
-    first, second = claim(limit=2, agents=("main", "ops"))
-    assert {first.session.agent_id, second.session.agent_id} == {"main", "ops"}
+    running = {"main": 0, "ops": 0}
+    order: list[str] = []
+    while len(order) < 4:
+        for taken in queue.claim(
+            running, limit=limit, most_each=99, owner="test", now=NOW, lease=LEASE
+        ):
+            order.append(taken.session.agent_id)
+            running[taken.session.agent_id] += 1
+    assert order.index("ops") == 1, "the longer backlog must not come first again and again"
+
+
+def test_no_agent_takes_more_places_than_it_may() -> None:
+    enqueue(*(entry("a", SessionKey("main", f"agent:main:{n}")) for n in range(9)))
+    taken = queue.claim({"main": 2}, limit=9, most_each=5, owner="t", now=NOW, lease=LEASE)
+    assert len(taken) == 3
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcde"), st.integers(0, 50)),
+    st.dictionaries(st.sampled_from("abcde"), st.integers(0, 6)),
+    st.integers(0, 20),
+    st.integers(1, 6),
+)
+def test_places_go_to_those_with_the_fewest_runs(
+    waits: dict[str, int], running: dict[str, int], limit: int, most_each: int
+) -> None:
+    first_due = {agent: NOW - timedelta(seconds=wait) for agent, wait in waits.items()}
+    places = queue.allot(first_due, running, limit=limit, most_each=most_each)
+    assert sum(places.values()) <= limit
+    after = {agent: running.get(agent, 0) + places.get(agent, 0) for agent in waits}
+    for agent in places:
+        assert after[agent] <= most_each
+        # Nobody else waits with so few runs that this agent's last place was theirs.
+        assert all(after[other] >= min(after[agent] - 1, most_each) for other in waits)
+    if sum(places.values()) < limit:
+        assert all(count >= most_each for count in after.values())
+
+
+def test_a_fan_out_reaches_more_agents_than_a_statement_has_room_for() -> None:
+    Agent.objects.bulk_create([Agent(id=f"a{n}") for n in range(1200)])
+    nudged = tuple(SessionKey(f"a{n}", f"agent:a{n}:main") for n in range(1200))
+    fan_out = Entry(MAIN, "all", "cli", False, Due(NOW, DueReason.WAKE), nudged)
+    assert outcomes(enqueue(fan_out)) == ["queued"]
+    assert Session.objects.filter(due_at=NOW).count() == 1201
+
+
+def test_what_a_heartbeat_without_events_failed_at_is_not_held_against_events() -> None:
+    queue.keep_schedules({MAIN: NOW}, now=NOW - timedelta(hours=1))
+    now = NOW
+    for _ in range(7):
+        (idle,) = claim(now)
+        queue.fail(idle, "no", now=now, max_attempts=8)
+        now += timedelta(minutes=11)
+    # One more is running when the event comes, and fails: the event is not to wait for it.
+    queue.enqueue([entry("news", MAIN, at=now)], now=now, max_queued=9)
+    (first,) = claim(now)
+    assert (first.attempt, [event.text for event in first.events]) == (1, ["news"])
+    queue.fail(first, "no", now=now, max_attempts=8)
+    assert SystemEvent.objects.get().state == EventState.QUEUED
+
+
+def test_an_event_that_came_during_a_failing_heartbeat_without_events_follows_at_once() -> None:
+    queue.keep_schedules({MAIN: NOW}, now=NOW - timedelta(hours=1))
+    (idle,) = claim()
+    enqueue(entry("news", MAIN))
+    queue.fail(idle, "no", now=NOW, max_attempts=8)
+    (following,) = claim()
+    assert (following.attempt, [event.text for event in following.events]) == (1, ["news"])
+
+
+def test_events_of_a_session_that_is_no_main_session_any_more_are_due() -> None:
+    later = NOW + timedelta(days=90)
+    waiting = Entry(MAIN, "waits", "cli", False, Due(later, DueReason.SCHEDULE))
+    queue.enqueue([waiting], now=NOW, max_queued=9)
+    idle = SessionKey("main", "agent:main:older")
+    queue.keep_schedules({MAIN: later, idle: later}, now=NOW)
+    home = SessionKey("main", "agent:main:home")
+    queue.keep_schedules({home: later}, now=NOW)
+    dues = dict(Session.objects.values_list("key", "due_at"))
+    assert dues == {MAIN.key: NOW, idle.key: None, home.key: later}
+
+
+def test_retries_are_turned_back_with_the_clock() -> None:
+    enqueue(entry("a"))
+    queue.fail(claim()[0], "no", now=NOW, max_attempts=8)
+    due_at = Session.objects.get().due_at
+    assert due_at
+    earlier = NOW - timedelta(minutes=55)
+    assert queue.turn_back_retries(timedelta(minutes=55), now=earlier) == 1
+    assert Session.objects.get().due_at == due_at - timedelta(minutes=55)
 
 
 def test_only_the_asked_agents_are_claimed() -> None:
@@ -299,7 +389,7 @@ def test_only_the_asked_agents_are_claimed() -> None:
 
 
 def test_turning_the_schedule_off_makes_waiting_events_due() -> None:
-    queue.keep_schedule(MAIN, NOW + timedelta(minutes=30), now=NOW)
+    queue.keep_schedules({MAIN: NOW + timedelta(minutes=30)}, now=NOW)
     assert claim() == []
     queue.enqueue(
         [Entry(MAIN, "waits", "cli", False, Due(NOW + timedelta(minutes=30), DueReason.SCHEDULE))],
@@ -307,13 +397,13 @@ def test_turning_the_schedule_off_makes_waiting_events_due() -> None:
         max_queued=10,
     )
     assert claim() == []
-    queue.keep_schedule(MAIN, None, now=NOW)
+    queue.keep_schedules({MAIN: None}, now=NOW)
     assert [event.text for event in claim()[0].events] == ["waits"]
 
 
 def test_a_shorter_schedule_brings_the_next_heartbeat_forward() -> None:
     for minutes in (30, 5, 10):
-        queue.keep_schedule(MAIN, NOW + timedelta(minutes=minutes), now=NOW)
+        queue.keep_schedules({MAIN: NOW + timedelta(minutes=minutes)}, now=NOW)
     assert Session.objects.get().due_at == NOW + timedelta(minutes=5)
-    queue.keep_schedule(MAIN, None, now=NOW)
+    queue.keep_schedules({MAIN: None}, now=NOW)
     assert Session.objects.get().due_at is None

@@ -110,7 +110,12 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(limit=st.integers(1, 4))
     def claim(self, limit: int) -> None:
         claims = queue.claim(
-            AGENTS - self.paused, limit=limit, owner="test", now=self.now, lease=LEASE
+            dict.fromkeys(AGENTS - self.paused, 0),
+            limit=limit,
+            most_each=3,
+            owner="test",
+            now=self.now,
+            lease=LEASE,
         )
         assert len(claims) <= limit
         for claim in claims:
@@ -178,6 +183,7 @@ class QueueMachine(RuleBasedStateMachine):
     def clock_is_set_back(self, seconds: int) -> None:
         self.now -= timedelta(seconds=seconds)
         self.renew()
+        queue.turn_back_retries(timedelta(seconds=seconds), now=self.now)
         queue.correct_due_times(now=self.now)
 
     @rule()
@@ -191,7 +197,7 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(session=st.sampled_from(SESSIONS), scheduled=st.booleans())
     def schedule_changes(self, session: SessionKey, scheduled: bool) -> None:
         at = self.now + timedelta(minutes=20) if scheduled else None
-        queue.keep_schedule(session, at, now=self.now)
+        queue.keep_schedules({session: at}, now=self.now)
 
     @rule(data=st.data(), requeue=st.booleans())
     def operator_acts_on_dead_letters(self, data: st.DataObject, requeue: bool) -> None:
@@ -260,7 +266,14 @@ class QueueMachine(RuleBasedStateMachine):
         for _ in range(60):
             self.now += timedelta(minutes=61)
             self.reap()
-            for claim in queue.claim(AGENTS, limit=10, owner="end", now=self.now, lease=LEASE):
+            for claim in queue.claim(
+                dict.fromkeys(AGENTS, 0),
+                limit=10,
+                most_each=10,
+                owner="end",
+                now=self.now,
+                lease=LEASE,
+            ):
                 queue.settle(claim, HeartbeatStatus.DELIVERED, now=self.now)
                 self.delivered[claim.session] += [event.event_id for event in claim.events]
             if not SystemEvent.objects.filter(state=EventState.QUEUED).exists():
@@ -282,7 +295,7 @@ class QueueMachine(RuleBasedStateMachine):
     def renew(self) -> None:
         """Living processes renew their leases; they do so far more often than leases run out."""
         run_ids = {claim.run_id for claim in self.open}
-        assert queue.renew(run_ids, now=self.now, lease=LEASE) == run_ids
+        assert queue.renew(self.open, now=self.now, lease=LEASE) == run_ids
 
     def next_scheduled(self, claim: Claim) -> datetime | None:
         if claim.session.key.endswith(":main"):

@@ -34,7 +34,10 @@ class GatewayTokenAdmin(TokenPage):
 
     def example(self, request: HttpRequest, token: str) -> str:
         address = request.build_absolute_uri("/ws").replace("http", "ws", 1)
-        return f'manage.py system_event "Hello" --url {address} --token {token}'
+        # Not as an argument, which other users of the machine can see.
+        return (
+            f'export OPENCLAW_GATEWAY_TOKEN={token}\nmanage.py system_event "Hello" --url {address}'
+        )
 
 
 @admin.register(PresenceEntry)

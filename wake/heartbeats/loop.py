@@ -10,17 +10,19 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import os
 import secrets
 import socket
-from collections.abc import Callable
+import time
+from collections import Counter
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Final, ParamSpec, TypeVar
-from uuid import UUID
 
 from django.conf import settings
-from django.db import connections
+from django.db import DatabaseError, connections
 from django.utils import timezone
 
 from wake import configuration, doorbell, queue, schedule
@@ -30,6 +32,7 @@ from wake.heartbeats.prompt import build_prompt, is_quiet
 from wake.heartbeats.runners import Delivered, Failed, Outcome, Runner, Turn, make_runner
 from wake.models import HeartbeatStatus, RunnerKind
 from wake.queue import Claim
+from wake.session_keys import SessionKey
 from wake.threads import call_in
 
 logger = logging.getLogger(__name__)
@@ -38,7 +41,9 @@ logger = logging.getLogger(__name__)
 # change of an agent is in force within one second.
 POLL_SECONDS: Final = 0.4
 UPKEEP_SECONDS: Final = 2.0
-SCHEDULES_EVERY: Final = timedelta(minutes=1)
+SCHEDULES_SECONDS: Final = 60.0
+STOP_SECONDS: Final = 5.0
+CLOCK_JUMP: Final = timedelta(seconds=1)
 DATABASE_RETRY_SECONDS: Final = 1.0
 
 P = ParamSpec("P")
@@ -60,16 +65,24 @@ class HeartbeatLoop:
         self._clock = clock
         self._lease = lease or timedelta(seconds=settings.HEARTBEAT_LEASE_SECONDS)
         self._stopping = asyncio.Event()
+        self._give_up_at = math.inf
         self._look_again = asyncio.Event()
         self._runs: set[asyncio.Task[None]] = set()
         # Until their leases are given back, so that upkeep renews them to the end.
-        self._handing_over: dict[UUID, asyncio.Task[Outcome]] = {}
+        self._handing_over: dict[Claim, asyncio.Task[Outcome]] = {}
         self._runners: dict[RunnerKind, Runner] = {}
-        self._scheduled: tuple[GatewayConfiguration, datetime] | None = None
+        # The configuration whose schedules are kept, and when to look at them again.
+        self._scheduled: tuple[GatewayConfiguration | None, float] = (None, 0.0)
+        self._reap_from = 0.0
         self._database = ThreadPoolExecutor(max_workers=1, thread_name_prefix="heartbeats-database")
 
     def stop(self) -> None:
-        """Ask the loop to end. Runs under way are ended and their events given back."""
+        """Ask the loop to end. Runs under way are ended and their events given back.
+
+        A database that does not take that within a few seconds is not waited for: the leases run
+        out by themselves.
+        """
+        self._give_up_at = time.monotonic() + STOP_SECONDS
         self._stopping.set()
         self._look_again.set()
 
@@ -127,18 +140,25 @@ class HeartbeatLoop:
         3. With places left, sleep until the next due time; with none, until a run ends. Either
            way look again soon: the configuration may have changed.
         """
-        snapshot, claims, pause = await self._in_database(self._claim_step, len(self._runs))
+        running = Counter(claim.session.agent_id for claim in self._handing_over)
+        snapshot, claims, pause = await self._in_database(self._claim_step, running)
         for claim in claims:
-            run = asyncio.create_task(self._run(claim, snapshot.agents[claim.session.agent_id]))
+            agent = snapshot.agents[claim.session.agent_id]
+            prompt = build_prompt(claim.events, agent.heartbeat_prompt, secrets.token_hex(8))
+            self._handing_over[claim] = asyncio.create_task(self._hand_over(claim, agent, prompt))
+            run = asyncio.create_task(self._run(claim, agent, prompt))
             self._runs.add(run)
             run.add_done_callback(self._ended)
         return pause
 
-    def _claim_step(self, running: int) -> tuple[GatewayConfiguration, list[Claim], float]:
+    def _claim_step(
+        self, running: Mapping[str, int]
+    ) -> tuple[GatewayConfiguration, list[Claim], float]:
         snapshot = configuration.gateway()
         now = self._clock()
         agents = [agent.id for agent in snapshot.agents.values() if agent.runs]
-        free = snapshot.max_parallel_heartbeats - running
+        places = snapshot.max_parallel_heartbeats
+        free = places - sum(running.values())
         if not snapshot.heartbeats_enabled or not agents or free <= 0:
             return snapshot, [], POLL_SECONDS
         due_at = queue.next_due(agents)
@@ -146,8 +166,16 @@ class HeartbeatLoop:
             return snapshot, [], POLL_SECONDS
         if due_at > now:
             return snapshot, [], min((due_at - now).total_seconds(), POLL_SECONDS)
-        claims = queue.claim(agents, limit=free, owner=self.owner, now=now, lease=self._lease)
-        return snapshot, claims, POLL_SECONDS
+        claims = queue.claim(
+            {agent_id: running.get(agent_id, 0) for agent_id in agents},
+            limit=free,
+            # One that hangs in all its sessions leaves places for others, up to half of them.
+            most_each=max(1, places - min(len(agents) - 1, places // 2)),
+            owner=self.owner,
+            now=now,
+            lease=self._lease,
+        )
+        return snapshot, claims, 0.0 if claims else POLL_SECONDS
 
     def _ended(self, run: asyncio.Task[None]) -> None:
         self._runs.discard(run)
@@ -157,31 +185,19 @@ class HeartbeatLoop:
 
     # --- Running --------------------------------------------------------------------------------
 
-    async def _run(self, claim: Claim, agent: AgentConfiguration) -> None:
-        """Run one heartbeat to its end.
+    async def _run(self, claim: Claim, agent: AgentConfiguration, prompt: str) -> None:
+        """See one heartbeat to its end.
 
-        1. Build the prompt, with a token of its own.
-        2. Let the runner hand it over. Upkeep cancels that when the lease is lost, `run` when the
-           loop stops.
-        3. Settle the outcome, or give the claim back when the handing over was cancelled.
+        1. Wait until the runner has handed it over. Upkeep cancels that when the lease is lost,
+           `run` when the loop stops.
+        2. Settle the outcome, or give the claim back when the handing over was cancelled.
         """
-        prompt = build_prompt(claim.events, agent.heartbeat_prompt, secrets.token_hex(8))
-        turn = Turn(
-            run_id=claim.run_id,
-            agent=agent,
-            session_key=claim.session.key,
-            reason=claim.reason.value,
-            attempt=claim.attempt,
-            prompt=prompt,
-            events=claim.events,
-        )
-        handing_over = asyncio.create_task(self._hand_over(turn))
-        self._handing_over[claim.run_id] = handing_over
+        handing_over = self._handing_over[claim]
         await asyncio.wait([handing_over])
         try:
             await self._settle(claim, self._settling_step(claim, agent, prompt, handing_over))
         finally:
-            del self._handing_over[claim.run_id]
+            del self._handing_over[claim]
 
     def _settling_step(
         self,
@@ -203,17 +219,26 @@ class HeartbeatLoop:
         )
         return lambda: self._settle_step(claim, agent, prompt, outcome)
 
-    async def _hand_over(self, turn: Turn) -> Outcome:
+    async def _hand_over(self, claim: Claim, agent: AgentConfiguration, prompt: str) -> Outcome:
         """Return how the runner ended. A defect or a time-out in it is a failed attempt."""
-        limit = turn.agent.timeout.total_seconds()
+        turn = Turn(
+            run_id=claim.run_id,
+            agent=agent,
+            session_key=claim.session.key,
+            reason=claim.reason.value,
+            attempt=claim.attempt,
+            prompt=prompt,
+            events=claim.events,
+        )
+        limit = agent.timeout.total_seconds()
         try:
             async with asyncio.timeout(limit) as timer:
-                return await self._runner(turn.agent.runner).run(turn)
+                return await self._runner(agent.runner).run(turn)
         except Exception as error:
             if isinstance(error, TimeoutError) and timer.expired():
                 return Failed(f"no answer within {limit:g} s")
-            logger.exception("heartbeats: run %s: defect in its runner", turn.run_id)
-            return Failed(f"the {turn.agent.runner} runner failed: {type(error).__name__}: {error}")
+            logger.exception("heartbeats: run %s: defect in its runner", claim.run_id)
+            return Failed(f"the {agent.runner} runner failed: {type(error).__name__}: {error}")
 
     def _runner(self, kind: RunnerKind) -> Runner:
         if kind not in self._runners:
@@ -230,10 +255,12 @@ class HeartbeatLoop:
                 await self._in_database(step)
             except LeaseLost as lost:
                 logger.warning("heartbeats: %s; its outcome was refused", lost)
-            except Exception:
-                logger.exception("heartbeats: run %s is not settled; trying again", claim.run_id)
-                await asyncio.sleep(DATABASE_RETRY_SECONDS)
-                continue
+            except DatabaseError as error:
+                if time.monotonic() < self._give_up_at:
+                    logger.warning("heartbeats: run %s is not settled yet: %s", claim.run_id, error)
+                    await asyncio.sleep(DATABASE_RETRY_SECONDS)
+                    continue
+                logger.warning("heartbeats: run %s is left to its lease: %s", claim.run_id, error)
             return
 
     def _settle_step(
@@ -275,39 +302,77 @@ class HeartbeatLoop:
 
     async def _keep_up(self) -> None:
         """Every third of a lease: renew, end the runs that lost theirs, and look after the rest."""
+        watch = _ClockWatch(self._clock)
         while True:
             try:
                 handing_over = dict(self._handing_over)
                 renewed = await self._in_database(
                     queue.renew, list(handing_over), now=self._clock(), lease=self._lease
                 )
-                for run_id, task in handing_over.items():
-                    if run_id not in renewed:
+                for claim, task in handing_over.items():
+                    # Once: a second cancellation would cut short how the runner ends its run.
+                    if claim.run_id not in renewed and not task.cancelling():
                         task.cancel()
+                await self._in_database(self._after_clock_jump, watch.jump())
                 await self._in_database(self._upkeep_step)
+            except DatabaseError as error:
+                logger.warning("heartbeats: upkeep failed: %s; trying again", error)
             except Exception:
                 logger.exception("heartbeats: upkeep failed; trying again")
             await asyncio.sleep(min(UPKEEP_SECONDS, self._lease.total_seconds() / 3))
+
+    def _after_clock_jump(self, jump: timedelta) -> None:
+        """Make good what a clock that was set would otherwise do to leases and retries."""
+        if not jump:
+            return
+        logger.warning("heartbeats: the clock was set by %s", jump)
+        if jump > timedelta(0):
+            # Leases of living processes look old now; let those renew them first.
+            self._reap_from = time.monotonic() + self._lease.total_seconds()
+        else:
+            queue.turn_back_retries(-jump, now=self._clock())
 
     def _upkeep_step(self) -> None:
         """Reap lost leases, correct due times after a clock jump, keep the schedules."""
         snapshot = configuration.gateway()
         now = self._clock()
         limits = {agent.id: agent.max_attempts for agent in snapshot.agents.values()}
-        if lost := queue.reap(now=now, lease=self._lease, max_attempts=limits):
-            logger.warning("heartbeats: took back %d leases that ran out", lost)
+        if time.monotonic() >= self._reap_from:
+            lost = queue.reap(now=now, lease=self._lease, max_attempts=limits)
+            if lost:
+                logger.warning("heartbeats: took back %d leases that ran out", lost)
         if ahead := queue.correct_due_times(now=now):
             logger.warning("heartbeats: brought %d due times back from the future", ahead)
-        if self._scheduled is None or self._scheduled[0] != snapshot or self._scheduled[1] <= now:
-            self._keep_schedules(snapshot, now)
-            self._scheduled = snapshot, now + SCHEDULES_EVERY
-
-    def _keep_schedules(self, snapshot: GatewayConfiguration, now: datetime) -> None:
-        for agent in snapshot.agents.values():
-            every = agent.heartbeat_every if agent.enabled else timedelta(0)
-            scheduled = schedule.next_due(agent.id, every, now)
-            queue.keep_schedule(snapshot.main_session(agent.id), scheduled, now=now)
+        scheduled_for, again_at = self._scheduled
+        if scheduled_for != snapshot or time.monotonic() >= again_at:
+            queue.keep_schedules(_schedules(snapshot, now), now=now)
+            self._scheduled = snapshot, time.monotonic() + SCHEDULES_SECONDS
 
     async def _in_database(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `step` on the loop's database thread."""
         return await call_in(self._database, step, *args, **kwargs)
+
+
+def _schedules(snapshot: GatewayConfiguration, now: datetime) -> dict[SessionKey, datetime | None]:
+    """Return every agent's main session, with its next scheduled heartbeat or None. Pure."""
+    return {
+        snapshot.main_session(agent.id): (
+            schedule.next_due(agent.id, agent.heartbeat_every, now) if agent.enabled else None
+        )
+        for agent in snapshot.agents.values()
+    }
+
+
+class _ClockWatch:
+    """Tells by how much the clock was set, by comparing it with one that cannot be."""
+
+    def __init__(self, clock: Callable[[], datetime]) -> None:
+        self._clock = clock
+        self._seen = clock(), time.monotonic()
+
+    def jump(self) -> timedelta:
+        """Return by how much the clock was set since the last call; zero for less than a second."""
+        before, steady_before = self._seen
+        self._seen = now, steady_now = self._clock(), time.monotonic()
+        jump = (now - before) - timedelta(seconds=steady_now - steady_before)
+        return jump if abs(jump) >= CLOCK_JUMP else timedelta(0)

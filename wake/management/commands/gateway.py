@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import ipaddress
 import os
 import secrets
+import signal
 import socket
+import sys
 import threading
 import urllib.error
 import urllib.request
@@ -25,6 +28,7 @@ from hooks.models import HookToken
 from wake import tokens
 from wake.gateway.frames import MAX_PAYLOAD_BYTES
 from wake.lifespan import HEARTBEATS_VARIABLE
+from wake.limits import raise_open_files_limit
 from wake.models import GatewaySettings, GatewayToken
 
 GRACE_SECONDS: Final = 10
@@ -59,12 +63,13 @@ class Command(BaseCommand):
                 call_command("migrate", interactive=False, verbosity=0)
                 GatewaySettings.ensure()
                 self._show_once(_first_run())
-        except DatabaseError as error:
+        except (DatabaseError, OSError) as error:
             raise CommandError(f"cannot use the database: {error}") from error
         connection.close()
 
         os.environ[HEARTBEATS_VARIABLE] = "0" if no_heartbeats else "1"
         _allow_host(host)
+        raise_open_files_limit()
         url = _url(host, listening.getsockname()[1])
         threading.Thread(target=self._announce, args=(url,), daemon=True).start()
         _serve(listening, workers)
@@ -97,6 +102,8 @@ def _check_workers(workers: int) -> None:
 
 
 def _listen(host: str, port: int) -> socket.socket:
+    if not 0 <= port <= 65_535:
+        raise CommandError(f"--port takes a number from 0 to 65535, not {port}")
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
@@ -114,10 +121,17 @@ def _listen(host: str, port: int) -> socket.socket:
 @contextlib.contextmanager
 def _one_at_a_time() -> Iterator[None]:
     """Let one gateway at a time prepare the database that several share."""
-    if connection.vendor != "postgresql":
-        yield
+    if connection.vendor == "sqlite":
+        path = connection.settings_dict["NAME"]
+        with open(f"{path}.lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            # Events are private: the file is made for its owner alone, and what SQLite puts beside
+            # it is made like it.
+            os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))
+            yield
         return
     with connection.cursor() as cursor:
+        cursor.execute("SET lock_timeout = 0")
         cursor.execute("SELECT pg_advisory_lock(%s)", [_MIGRATION_LOCK])
         try:
             yield
@@ -166,6 +180,7 @@ def _serve(listening: socket.socket, workers: int) -> None:
     config = uvicorn.Config(
         "openclaw_site.asgi:application",
         workers=workers,
+        http="openclaw_site.http_protocol:BoundedHeadProtocol",
         lifespan="on",
         log_config=None,
         access_log=False,
@@ -179,6 +194,9 @@ def _serve(listening: socket.socket, workers: int) -> None:
         Multiprocess(config, sockets=[listening]).run()
         return
     server = uvicorn.Server(config)
+    # Having tidied up, the server raises the signal that ended it once more: that is a good end.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *_: sys.exit(0))
     server.run(sockets=[listening])
     if not server.started:
         raise CommandError("the server did not start; the reason is in the log above")

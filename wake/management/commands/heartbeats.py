@@ -11,6 +11,7 @@ from django.db import DatabaseError, connection
 from django.db.migrations.executor import MigrationExecutor
 
 from wake.heartbeats.loop import HeartbeatLoop
+from wake.limits import raise_open_files_limit
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 
@@ -20,6 +21,7 @@ class Command(BaseCommand):
 
     def handle(self, **_: Any) -> None:
         _require_migrated_database()
+        raise_open_files_limit()
         try:
             asyncio.run(self._serve())
         except asyncio.CancelledError:

@@ -75,7 +75,16 @@ class Command(BaseCommand):
             receipt = _send(url, token, event, session_key, agent, mode)
         else:
             receipt = _store(event, session_key, agent, mode)
-        self.stdout.write(_printable(_as_json(receipt) if json else _as_line(receipt)))
+        self._print(_printable(_as_json(receipt) if json else _as_line(receipt)))
+
+    def _print(self, line: str) -> None:
+        """Print the receipt. The event is stored: that nobody reads the line is no failure."""
+        try:
+            self.stdout.write(line)
+            self.stdout.flush()
+        except (OSError, ValueError, AttributeError):  # the last: there is no standard output
+            # Else the interpreter tries once more at its end, and complains.
+            sys.stdout = open(os.devnull, "w")  # noqa: SIM115
 
 
 def _text(written: str) -> str:
@@ -158,7 +167,7 @@ def _one_line(text: str) -> str:
 
 def _printable(text: str) -> str:
     """Return text that any terminal shows as it is: a remote gateway's words are not trusted."""
-    encoding = sys.stdout.encoding or "utf-8"
+    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
     shown = "".join(
         character if character.isprintable() else character.encode("unicode_escape").decode()
         for character in text

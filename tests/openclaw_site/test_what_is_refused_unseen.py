@@ -1,0 +1,98 @@
+"""What the server refuses before any view has looked at it."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import pytest
+from django.test import Client
+
+from tests.live import ROOT, LiveGateway
+
+
+@pytest.fixture(scope="module")
+def gateway(tmp_path_factory: pytest.TempPathFactory) -> Iterator[LiveGateway]:
+    with LiveGateway(tmp_path_factory.mktemp("gateway")) as gateway:
+        yield gateway
+
+
+def test_headers_without_an_end_are_cut_off(gateway: LiveGateway) -> None:
+    with socket.create_connection(("127.0.0.1", gateway.port), timeout=10) as connection:
+        connection.sendall(b"GET / HTTP/1.1\r\nHost: localhost\r\nX-A: ")
+        sent = 0
+        with contextlib.suppress(OSError):  # reset or broken pipe, as it comes
+            while sent < 50_000_000:
+                sent += connection.send(b"a" * 16_384)
+                time.sleep(0.001)
+    assert sent < 10_000_000
+
+
+def test_a_request_after_another_one_has_a_head_of_its_own(gateway: LiveGateway) -> None:
+    with httpx.Client() as client:
+        for _ in range(5):
+            answer = client.get(f"{gateway.url}/nothing", headers={"X-A": "a" * 40_000})
+            assert answer.status_code == 404
+
+
+def test_a_body_for_a_page_that_takes_none_is_not_stored(gateway: LiveGateway) -> None:
+    received = 0
+
+    def chunks() -> Iterator[bytes]:
+        nonlocal received
+        for _ in range(640):
+            received += 65_536
+            yield b"x" * 65_536
+
+    before = _bytes_written(gateway)
+    httpx.post(f"{gateway.url}/nothing", content=chunks(), timeout=30)
+    assert received > 40_000_000
+    assert _bytes_written(gateway) - before < 10_000_000
+
+
+def _bytes_written(gateway: LiveGateway) -> int:
+    assert gateway.process
+    counters = Path(f"/proc/{gateway.process.pid}/io").read_text().splitlines()
+    return int(next(line.split()[1] for line in counters if line.startswith("wchar")))
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    ("path", "cookie"),
+    [("/admin/login/", '"\\000aaaaaaaaaaaa"'), ("/admin/login/?next=%00", ""), ("/a%00b", "")],
+)
+def test_a_nul_is_a_bad_request(client: Client, path: str, cookie: str) -> None:
+    answer = client.get(path, headers={"Cookie": f"sessionid={cookie}"} if cookie else {})
+    assert (answer.status_code, answer.content) == (400, b"a NUL character is not allowed\n")
+
+
+def test_a_port_that_is_none_is_refused() -> None:
+    refused = subprocess.run(
+        [sys.executable, ROOT / "manage.py", "gateway", "--port", "99999"],
+        capture_output=True,
+        text=True,
+    )
+    assert refused.returncode == 1
+    assert refused.stderr == "CommandError: --port takes a number from 0 to 65535, not 99999\n"
+
+
+def test_the_database_file_is_its_owners_alone(gateway: LiveGateway) -> None:
+    files = list(gateway.directory.glob("live.sqlite3*"))
+    assert all(file.stat().st_mode & 0o077 == 0 for file in files if file.suffix != ".lock")
+
+
+@pytest.mark.parametrize("closed", ["1>&-", "> /dev/full"])
+def test_a_stored_event_is_a_success_even_if_nobody_reads_the_receipt(
+    gateway: LiveGateway, closed: str
+) -> None:
+    command = f'"{sys.executable}" "{ROOT}/manage.py" system_event stored --session-key x {closed}'
+    done = subprocess.run(
+        ["/bin/sh", "-c", command], env=gateway.environment, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
