@@ -47,6 +47,9 @@ class Snapshot(Generic[T]):
         self._max_age = max_age
         self._held: tuple[T, float] | None = None
         self._last: T | None = None
+        # How often the value was forgotten: what was read before the last time is not held.
+        self._forgotten = 0
+        self._lock = threading.Lock()
         _snapshots.append(self)
 
     def __call__(self) -> T:
@@ -65,6 +68,7 @@ class Snapshot(Generic[T]):
         """Read the value anew and return it."""
         # The time is taken before the read: the value may be older than it, never younger.
         read_at = time.monotonic()
+        forgotten = self._forgotten
         try:
             # Django refuses to use the database on a thread that runs an event loop.
             value = (
@@ -78,15 +82,18 @@ class Snapshot(Generic[T]):
                 raise
             logger.warning("configuration: cannot be read; the last one stays in force")
             value = self._last
-        self._held = (value, read_at)
+        with self._lock:
+            if forgotten == self._forgotten:
+                self._held = (value, read_at)
         return value
 
     def confirm(self) -> None:
         """Take the held value for as good as read just now: the database has not changed."""
-        if held := self._held:
-            self._held = (held[0], time.monotonic())
-        else:
-            self.refresh()
+        with self._lock:
+            if held := self._held:
+                self._held = (held[0], time.monotonic())
+                return
+        self.refresh()
 
     def forget(self) -> None:
         """Read anew at the next call, and once more after the transaction under way ends."""
@@ -96,11 +103,16 @@ class Snapshot(Generic[T]):
             transaction.on_commit(self._drop)
 
     def _drop(self) -> None:
-        self._held = None
+        with self._lock:
+            self._forgotten += 1
+            self._held = None
+        _asked.set()
 
 
 _snapshots: list[Snapshot[Any]] = []
 _is_kept_fresh = False
+# Set when a value was forgotten: the thread that keeps them fresh reads at once.
+_asked = threading.Event()
 _reader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="configuration")
 
 
@@ -132,7 +144,10 @@ def keep_fresh() -> Iterator[None]:
 
     def serve() -> None:
         seen: int | None = None
-        while not stopped.wait(MAX_AGE_SECONDS / 2):
+        while not stopped.is_set():
+            if _asked.wait(MAX_AGE_SECONDS / 2):
+                _asked.clear()
+                seen = None
             with contextlib.suppress(DatabaseError):
                 seen = on_kept_connection(_freshen, seen)
         connections.close_all()
@@ -145,6 +160,7 @@ def keep_fresh() -> Iterator[None]:
     finally:
         _is_kept_fresh = False
         stopped.set()
+        _asked.set()
         thread.join(JOIN_SECONDS)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from datetime import timedelta
 
@@ -43,6 +44,28 @@ def test_a_change_of_another_process_is_in_force_within_a_second() -> None:
         assert time.monotonic() - began < 1
         time.sleep(0.01)
     assert time.monotonic() - began <= MAX_AGE_SECONDS + 0.3
+
+
+def test_what_was_read_before_a_change_is_not_held_after_it() -> None:
+    """A slow reader on another thread must not bring the old value back."""
+    reading, changed = threading.Event(), threading.Event()
+    values = iter(["old", "new"])
+
+    def read() -> str:
+        value = next(values)
+        if value == "old":
+            reading.set()
+            assert changed.wait(5)
+        return value
+
+    snapshot = Snapshot(read, max_age=60)
+    slow = threading.Thread(target=snapshot.refresh)
+    slow.start()
+    assert reading.wait(5)
+    snapshot._drop()  # what `forget` does; it needs no database here
+    changed.set()
+    slow.join()
+    assert snapshot() == "new"
 
 
 def test_a_snapshot_is_read_again_only_when_it_is_old() -> None:
