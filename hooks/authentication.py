@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
 
-from django.db import DatabaseError, transaction
-from django.db.models import Q
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication
 from rest_framework.exceptions import AuthenticationFailed
@@ -16,12 +13,10 @@ from rest_framework.request import Request
 
 from hooks.configuration import HookConfiguration, TokenConfiguration, hooks
 from hooks.models import HookToken
-from wake.tokens import digest
-
-logger = logging.getLogger(__name__)
+from wake import tokens
+from wake.tokens import USE_NOTED_EVERY, digest
 
 TOKEN_HEADER: Final = "X-OpenClaw-Token"  # noqa: S105 - the name of a header
-USE_NOTED_EVERY: Final = timedelta(minutes=1)
 
 # When this process last noted the use of a token, by its digest.
 _noted: dict[str, datetime] = {}
@@ -75,10 +70,4 @@ def _note_use(token: TokenConfiguration, token_digest: str, now: datetime) -> No
     if token.id is None or (noted is not None and now - noted < USE_NOTED_EVERY):
         return
     _noted[token_digest] = now
-    # Another process may have noted it within this minute.
-    outdated = Q(last_used_at__isnull=True) | Q(last_used_at__lte=now - USE_NOTED_EVERY)
-    try:
-        with transaction.atomic():
-            HookToken.objects.filter(outdated, pk=token.id).update(last_used_at=now)
-    except DatabaseError as error:
-        logger.warning("hooks: the use of token %s is not noted: %s", token.name, error)
+    tokens.note_use(HookToken, token.id, token.name, now)

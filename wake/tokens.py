@@ -3,14 +3,22 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import secrets
 from collections.abc import Iterable
-from datetime import datetime
-from typing import TypeVar
+from datetime import datetime, timedelta
+from typing import Final, TypeVar
+
+from django.db import DatabaseError, transaction
+from django.db.models import Q
 
 from wake.models import HashedToken
 
 TokenModel = TypeVar("TokenModel", bound=HashedToken)
+
+logger = logging.getLogger(__name__)
+
+USE_NOTED_EVERY: Final = timedelta(minutes=1)
 
 _HINT_LENGTH = 8
 
@@ -56,3 +64,14 @@ def revoke(tokens: Iterable[HashedToken], now: datetime) -> list[HashedToken]:
 def is_usable(token: HashedToken, now: datetime) -> bool:
     """Whether the token is neither revoked nor expired."""
     return token.revoked_at is None and (token.expires_at is None or token.expires_at > now)
+
+
+def note_use(model: type[HashedToken], pk: int, name: str, now: datetime) -> None:
+    """Store when a token was used, to the minute. Failing to do so is no reason to refuse it."""
+    # Another process may have noted it within this minute.
+    outdated = Q(last_used_at__isnull=True) | Q(last_used_at__lte=now - USE_NOTED_EVERY)
+    try:
+        with transaction.atomic():
+            model._default_manager.filter(outdated, pk=pk).update(last_used_at=now)
+    except DatabaseError as error:
+        logger.warning("the use of token %s is not noted: %s", name, error)

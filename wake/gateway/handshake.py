@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import hmac
-import logging
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Any, Final
 from urllib.parse import urlsplit
 
 from django.conf import settings
-from django.db import DatabaseError
-from django.db.models import Q
 from django.http.request import split_domain_port, validate_host
 from django.utils.http import is_same_domain
 
@@ -27,12 +24,8 @@ from wake.gateway.frames import (
 )
 from wake.models import GatewayToken
 
-logger = logging.getLogger(__name__)
-
 CLOSE_PROTOCOL_ERROR: Final = 1002
 CLOSE_POLICY_VIOLATION: Final = 1008
-
-LAST_USED_RESOLUTION: Final = timedelta(minutes=1)
 
 
 class HandshakeRefused(Exception):
@@ -124,7 +117,7 @@ def authenticate(offered: Credentials | None, now: datetime) -> Credential:
     # Looking up a hash of a random token tells its holder nothing by the time it takes.
     for token in GatewayToken.objects.filter(digest__in=digests):
         if tokens.is_usable(token, now):
-            _note_use(token, now)
+            tokens.note_use(GatewayToken, token.pk, token.name, now)
             return Credential(token.name, scopes.ALL, token.pk)
     raise _unauthorized("token mismatch", "AUTH_TOKEN_MISMATCH", "token_mismatch")
 
@@ -144,15 +137,6 @@ def is_in_force(credential: Credential, now: datetime) -> bool:
         return True
     stored = GatewayToken.objects.filter(pk=credential.token_id).first()
     return stored is not None and tokens.is_usable(stored, now)
-
-
-def _note_use(token: GatewayToken, now: datetime) -> None:
-    """Remember when the token was last used, to the minute; failing to is no reason to refuse."""
-    stale = Q(last_used_at=None) | Q(last_used_at__lt=now - LAST_USED_RESOLUTION)
-    try:
-        GatewayToken.objects.filter(stale, pk=token.pk).update(last_used_at=now)
-    except DatabaseError as error:
-        logger.warning("gateway: could not note the use of token %s: %s", token.name, error)
 
 
 def _unauthorized(what: str, code: str, reason: str) -> HandshakeRefused:

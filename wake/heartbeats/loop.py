@@ -98,11 +98,12 @@ class HeartbeatLoop:
                     logger.exception("heartbeats: serving failed; starting again")
                     await asyncio.sleep(DATABASE_RETRY_SECONDS)
         finally:
+            # First, so that giving back does not wait behind it: the rest is shorter than a lease.
+            upkeep.cancel()
+            await asyncio.gather(upkeep, return_exceptions=True)
             for handing_over in self._handing_over.values():
                 handing_over.cancel()
             await asyncio.gather(*self._runs, return_exceptions=True)
-            upkeep.cancel()
-            await asyncio.gather(upkeep, return_exceptions=True)
             await self.close()
             logger.info("heartbeats: %s stopped", self.owner)
 

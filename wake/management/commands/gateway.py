@@ -180,7 +180,7 @@ def _serve(listening: socket.socket, workers: int) -> None:
     config = uvicorn.Config(
         "openclaw_site.asgi:application",
         workers=workers,
-        http="openclaw_site.http_protocol:BoundedHeadProtocol",
+        http="wake.http_protocol:BoundedHeadProtocol",
         lifespan="on",
         log_config=None,
         access_log=False,
