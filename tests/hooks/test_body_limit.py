@@ -58,7 +58,7 @@ async def server() -> AsyncIterator[tuple[int, Counting]]:
 
 
 async def talk(port: int, *parts: bytes) -> bytes:
-    """Send raw bytes and return the first line of the answer, which must come soon."""
+    """Send raw bytes and return the beginning of the answer, which must come soon."""
     reader, writer = await asyncio.open_connection("127.0.0.1", port)
     with contextlib.closing(writer):
         async with asyncio.timeout(5):
@@ -66,7 +66,8 @@ async def talk(port: int, *parts: bytes) -> bytes:
                 writer.write(part)
                 await writer.drain()
             answer = await reader.readuntil(b"\r\n\r\n")
-    return answer.split(b"\r\n")[0]
+    # Without the reason: Python 3.13 words it anew.
+    return b" ".join(answer.split(b" ")[:2])
 
 
 def head(token: str, *lines: str, path: str = "/hooks/wake") -> bytes:
@@ -90,7 +91,7 @@ async def test_a_length_over_the_limit_is_refused_before_the_body_comes(
     before = await sync_to_async(rows)()
     for length in (LIMIT + 1, 10**12):
         answer = await talk(port, head(token, f"Content-Length: {length}"))
-        assert answer == b"HTTP/1.1 413 Request Entity Too Large"
+        assert answer == b"HTTP/1.1 413"
     assert counting.received == 0
     assert await sync_to_async(rows)() == before
 
@@ -98,7 +99,7 @@ async def test_a_length_over_the_limit_is_refused_before_the_body_comes(
 async def test_a_wrong_credential_still_comes_first(server: tuple[int, Counting]) -> None:
     port, counting = server
     answer = await talk(port, head("wrong", "Content-Length: 1000000"))
-    assert answer == b"HTTP/1.1 401 Unauthorized"
+    assert answer == b"HTTP/1.1 401"
     assert counting.received == 0
 
 
@@ -109,7 +110,7 @@ async def test_an_unannounced_body_is_read_to_the_limit_only(
     opening = head(token, "Transfer-Encoding: chunked") + chunk(b'{"text": "')
     # It never ends: an answer can only come because reading stopped.
     answer = await talk(port, opening, *[chunk(b"x" * 1000)] * 5)
-    assert answer == b"HTTP/1.1 413 Request Entity Too Large"
+    assert answer == b"HTTP/1.1 413"
     assert counting.received == LIMIT + 1
 
 
@@ -119,10 +120,10 @@ async def test_a_body_within_the_limit_is_taken_whole(
     port, _ = server
     body = b'{"text": "hello"}'
     body += b" " * (LIMIT - len(body))
-    assert await talk(port, head(token, f"Content-Length: {LIMIT}"), body) == b"HTTP/1.1 200 OK"
+    assert await talk(port, head(token, f"Content-Length: {LIMIT}"), body) == b"HTTP/1.1 200"
     parts = [chunk(body[start : start + 100]) for start in range(0, LIMIT, 100)]
     answer = await talk(port, head(token, "Transfer-Encoding: chunked"), *parts, b"0\r\n\r\n")
-    assert answer == b"HTTP/1.1 200 OK"
+    assert answer == b"HTTP/1.1 200"
     assert await sync_to_async(rows)() == (1, 1, 0)
 
 
@@ -130,7 +131,7 @@ async def test_other_paths_are_left_alone(server: tuple[int, Counting], token: s
     port, counting = server
     body = b"x" * (LIMIT + 10)
     request = head(token, f"Content-Length: {len(body)}", path="/elsewhere")
-    assert await talk(port, request, body) == b"HTTP/1.1 404 Not Found"
+    assert await talk(port, request, body) == b"HTTP/1.1 404"
     assert counting.received == len(body)
 
 
