@@ -351,6 +351,24 @@ def test_what_a_heartbeat_without_events_failed_at_is_not_held_against_events() 
     assert SystemEvent.objects.get().state == EventState.QUEUED
 
 
+def test_an_event_does_not_wait_for_the_backoff_of_a_heartbeat_without_events() -> None:
+    queue.keep_schedules({MAIN: NOW}, now=NOW - timedelta(hours=1))
+    queue.fail(claim()[0], "no", now=NOW, max_attempts=8)
+    assert claim() == []
+    enqueue(entry("news", MAIN))
+    assert [event.text for event in claim()[0].events] == ["news"]
+
+
+def test_an_event_that_came_during_a_lost_heartbeat_without_events_has_all_its_attempts() -> None:
+    queue.keep_schedules({MAIN: NOW}, now=NOW - timedelta(hours=1))
+    assert claim()[0].events == ()
+    enqueue(entry("news", MAIN))
+    later = NOW + 2 * LEASE
+    queue.reap(now=later, lease=LEASE, max_attempts={"main": 8})
+    (following,) = claim(later)
+    assert (following.attempt, [event.text for event in following.events]) == (1, ["news"])
+
+
 def test_an_event_that_came_during_a_failing_heartbeat_without_events_follows_at_once() -> None:
     queue.keep_schedules({MAIN: NOW}, now=NOW - timedelta(hours=1))
     (idle,) = claim()
