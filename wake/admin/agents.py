@@ -94,7 +94,6 @@ class AgentAdmin(Page):
     readonly_fields = ("command_line", "signing")
     formfield_overrides: ClassVar[Any] = {
         models.DurationField: {"form_class": DurationInput, "widget": UnfoldAdminTextInputWidget},
-        models.URLField: {"assume_scheme": "https"},
     }
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
