@@ -21,6 +21,9 @@ from wake import configuration, queue, schedule, session_keys
 from wake.configuration import GatewayConfiguration
 from wake.errors import StorageUnavailable, TextError, WakeError
 from wake.models import DueReason
+
+# Named here too, for the doors: the queue is none of their business.
+from wake.queue import Turn as Turn
 from wake.session_keys import SessionKey
 
 MAX_TEXT_BYTES: Final = 64 * 1024
@@ -35,7 +38,11 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class WakeRequest:
-    """What a door asks for. A blank session key or agent id means none."""
+    """What a door asks for. A blank session key or agent id means none.
+
+    With a `turn` the event has a turn of its own: it is due at once and handed over alone, and the
+    mode is that of the note about the outcome.
+    """
 
     text: str
     source: str
@@ -43,6 +50,7 @@ class WakeRequest:
     session_key: str | None = None
     agent_id: str | None = None
     external: bool = False
+    turn: Turn | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +58,7 @@ class Receipt:
     """What happened: the answer of every door.
 
     `event_id` names the event that stands for the wake: its own or, where it was coalesced with
-    one that still waits, that one's.
+    one that still waits, that one's. It is also the run id of a turn of its own.
     """
 
     mode: Mode
@@ -120,6 +128,16 @@ def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) ->
     agent, session = resolve_session(request.session_key, request.agent_id, snapshot)
     at_once = queue.Due(now, DueReason.WAKE)
     main_session = snapshot.main_session(agent)
+    if request.turn:
+        return queue.Entry(
+            session or main_session,
+            text,
+            request.source,
+            request.external,
+            at_once,
+            turn=request.turn,
+            note_mode=request.mode.value,
+        )
     nudged: tuple[SessionKey, ...] = ()
     if session is None:
         session = main_session

@@ -166,6 +166,12 @@ class GatewaySettings(models.Model):
         validators=[MinValueValidator(1)],
         help_text="How many events one session may hold; a further one is refused.",
     )
+    keep_settled_days = models.PositiveIntegerField(
+        default=90,
+        validators=[MinValueValidator(1), MaxValueValidator(3660)],
+        help_text="Older delivered and discarded events, and heartbeats, are removed by "
+        "manage.py prune. Queued events and dead letters never are.",
+    )
 
     class Meta:
         verbose_name = verbose_name_plural = "gateway settings"
@@ -279,6 +285,8 @@ class SystemEvent(models.Model):
     external = models.BooleanField(
         default=False, help_text="Came from outside: set apart in the prompt as data."
     )
+    # A turn of its own (AgentTurn): handed over alone, never coalesced.
+    alone = models.BooleanField(default=False)
     state = models.CharField(max_length=16, choices=EventState.choices, default=EventState.QUEUED)
     created_at = models.DateTimeField()
     settled_at = models.DateTimeField(null=True, blank=True)
@@ -303,6 +311,38 @@ class SystemEvent(models.Model):
 
     def __str__(self) -> str:
         return str(self.uid)
+
+
+class AgentTurn(models.Model):
+    """A turn that was asked for as such: one event, handed over alone. Its id is the event's `uid`.
+
+    The outcome is the event's: its state, and the reply or error of the heartbeat that settled it.
+    """
+
+    event = models.OneToOneField(
+        SystemEvent, on_delete=models.CASCADE, primary_key=True, related_name="turn"
+    )
+    name = models.CharField(max_length=100)
+    timeout_seconds = models.PositiveIntegerField(
+        null=True, blank=True, help_text="Empty: as the agent says."
+    )
+    # The note about the outcome, for the agent's main session.
+    deliver = models.BooleanField(default=True)
+    note_mode = models.CharField(max_length=16)
+    noted_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        indexes: ClassVar = [
+            # heartbeats.turns: whose note is still to be written.
+            models.Index(
+                fields=["event"],
+                condition=Q(deliver=True, noted_at__isnull=True),
+                name="turn_to_note",
+            ),
+        ]
+
+    def __str__(self) -> str:
+        return self.name
 
 
 class HeartbeatStatus(models.TextChoices):

@@ -28,6 +28,7 @@ from wake import doorbell
 from wake.errors import LeaseLost, QueueFull
 from wake.models import (
     Agent,
+    AgentTurn,
     DueReason,
     EventState,
     Heartbeat,
@@ -62,8 +63,25 @@ class Due:
 
 
 @dataclass(frozen=True, slots=True)
+class Turn:
+    """A turn of its own: the event that it belongs to is handed over alone.
+
+    `name` is for people: one line of at most 100 characters. `deliver` asks for a note about the
+    outcome in the agent's main session. `timeout_seconds` is the turn's own time limit, at least
+    1; without one it is the agent's.
+    """
+
+    name: str
+    deliver: bool = True
+    timeout_seconds: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class Entry:
-    """One event to store, when its session is due with it, and who else is nudged with it."""
+    """One event to store, when its session is due with it, and who else is nudged with it.
+
+    `note_mode` is the mode of the note about the outcome of its `turn`, if it has one.
+    """
 
     session: SessionKey
     text: str
@@ -71,6 +89,8 @@ class Entry:
     external: bool
     due: Due
     nudged: tuple[SessionKey, ...] = ()
+    turn: Turn | None = None
+    note_mode: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +118,8 @@ class Claim:
     """A lease on a session: the events that one heartbeat is to hand over.
 
     Each is its own: two claims are never equal. `run_id` is the fencing token: it must still be
-    the session's when the heartbeat settles.
+    the session's when the heartbeat settles. With a `turn` there is exactly one event, and the
+    first run's id is that event's.
     """
 
     run_id: UUID
@@ -108,6 +129,7 @@ class Claim:
     attempt: int
     events: tuple[ClaimedEvent, ...]
     more: bool  # further queued events follow those of this claim
+    turn: Turn | None
 
 
 # --- In -----------------------------------------------------------------------------------------
@@ -120,7 +142,8 @@ def enqueue(
 
     An entry whose session is full fails alone; nothing of it is stored and nobody is nudged. An
     entry whose text, source and externality equal the newest event still queued in its session is
-    coalesced with that one, unless a running heartbeat has taken it already.
+    coalesced with that one, unless a running heartbeat has taken it already. What has a turn of
+    its own is never coalesced.
     Either all other entries are stored or, when this raises (DatabaseError), none.
     """
     if not entries:
@@ -131,6 +154,7 @@ def enqueue(
         newest = _newest_queued_events(session.pk for session in sessions.values())
         results: list[Stored | QueueFull] = []
         fresh: list[SystemEvent] = []
+        turns: list[AgentTurn] = []
         for entry in entries:
             session = sessions[entry.session]
             twin = newest.get(session.pk)
@@ -151,9 +175,20 @@ def enqueue(
                     text=entry.text,
                     source=entry.source,
                     external=entry.external,
+                    alone=entry.turn is not None,
                     created_at=now,
                 )
                 fresh.append(event)
+                if entry.turn:
+                    turns.append(
+                        AgentTurn(
+                            event=event,
+                            name=entry.turn.name,
+                            timeout_seconds=entry.turn.timeout_seconds,
+                            deliver=entry.turn.deliver,
+                            note_mode=entry.note_mode,
+                        )
+                    )
                 newest[session.pk] = event
                 if session.batch_through is None and session.lease_token is None:
                     # What failed was a heartbeat without events: this one has all its attempts.
@@ -165,6 +200,7 @@ def enqueue(
             for nudged in entry.nudged:
                 _bring_forward(sessions[nudged], Due(now, DueReason.WAKE))
         SystemEvent.objects.bulk_create(fresh)
+        AgentTurn.objects.bulk_create(turns)
         Session.objects.bulk_update(
             sessions.values(), ["queued", "attempts", "due_at", "due_reason", "last_event_at"]
         )
@@ -219,6 +255,8 @@ def _newest_queued_events(session_ids: Iterable[int]) -> dict[int, SystemEvent]:
 
 
 def _is_same(event: SystemEvent, entry: Entry) -> bool:
+    if event.alone or entry.turn:
+        return False
     return (event.text, event.source, event.external) == (entry.text, entry.source, entry.external)
 
 
@@ -318,11 +356,12 @@ def allot(
 
 
 def _take(session: Session, *, owner: str, now: datetime, lease: timedelta) -> Claim:
-    events, more = _next_batch(session)
-    run_id = uuid7()
-    # Attempts count for a batch of events; those of a heartbeat that had none are not theirs.
-    is_new_batch = bool(events) and session.batch_through is None
+    events, more, turn = _next_batch(session)
+    # Attempts count for a batch of events; those of a heartbeat that had none are not theirs, nor
+    # those of a batch that has to wait for dead letters that were requeued before it.
+    is_new_batch = bool(events) and events[-1].pk != session.batch_through
     attempt = 1 if is_new_batch else session.attempts + 1
+    run_id = _run_id_of_turn(events[0]) if turn else uuid7()
     # Nobody else can have won: the row was read under its lock in this transaction.
     Session.objects.filter(pk=session.pk).update(
         lease_token=run_id,
@@ -341,25 +380,39 @@ def _take(session: Session, *, owner: str, now: datetime, lease: timedelta) -> C
         attempt=attempt,
         events=events,
         more=more,
+        turn=turn,
     )
 
 
-def _next_batch(session: Session) -> tuple[tuple[ClaimedEvent, ...], bool]:
-    """Return the events of the session's next heartbeat, and whether more are queued after them."""
+def _run_id_of_turn(event: ClaimedEvent) -> UUID:
+    """Return the event's own id, which its sender knows, or a new one if it was used already."""
+    # Only this session's heartbeats can have used it, and the session is locked.
+    is_used = Heartbeat.objects.filter(run_id=event.event_id).exists()
+    return uuid7() if is_used else event.event_id
+
+
+def _next_batch(session: Session) -> tuple[tuple[ClaimedEvent, ...], bool, Turn | None]:
+    """Return the events of the session's next heartbeat, whether more are queued, and its turn.
+
+    The last is there when the oldest event has a turn of its own; then that event comes alone.
+    """
     queued = SystemEvent.objects.filter(session=session, state=EventState.QUEUED).order_by("pk")
     if session.attempts and session.batch_through is not None:
         # A further attempt takes the batch that failed, whatever came since.
         queued = queued.filter(pk__lte=session.batch_through)
-    rows = queued.values_list("pk", "uid", "text", "source", "external", "created_at")
+    of_turn = ("alone", "turn__name", "turn__deliver", "turn__timeout_seconds")
+    rows = queued.values_list("pk", "uid", "text", "source", "external", "created_at", *of_turn)
     taken: list[ClaimedEvent] = []
     size = 0
     for row in rows[:BATCH_EVENTS].iterator(chunk_size=50):
-        event = ClaimedEvent(*row)
+        event, alone = ClaimedEvent(*row[:6]), row[6]
         size += len(event.text.encode())
-        if taken and size > BATCH_BYTES:
+        if taken and (alone or size > BATCH_BYTES):
             break
         taken.append(event)
-    return tuple(taken), session.queued > len(taken)
+        if alone:
+            return (event,), session.queued > 1, Turn(*row[7:])
+    return tuple(taken), session.queued > len(taken), None
 
 
 def renew(claims: Collection[Claim], *, now: datetime, lease: timedelta) -> set[UUID]:
@@ -667,6 +720,10 @@ def requeue(event_ids: Collection[int], *, now: datetime) -> int:
             # Somebody else can have requeued or discarded some in between.
             count = SystemEvent.objects.filter(pk__in=pks, state=EventState.DEAD).update(
                 state=EventState.QUEUED, settled_at=None, heartbeat=None
+            )
+            # What comes of a turn now is news again.
+            AgentTurn.objects.filter(pk__in=pks, event__state=EventState.QUEUED).update(
+                noted_at=None
             )
             session.queued += count
             _bring_forward(session, Due(now, DueReason.REQUEUE))

@@ -66,7 +66,7 @@ def is_usable(token: HashedToken, now: datetime) -> bool:
     return token.revoked_at is None and (token.expires_at is None or token.expires_at > now)
 
 
-def note_use(model: type[HashedToken], pk: int, name: str, now: datetime) -> None:
+def note_use(model: type[HashedToken], pk: int, now: datetime) -> None:
     """Store when a token was used, to the minute. Failing to do so is no reason to refuse it."""
     # Another process may have noted it within this minute.
     outdated = Q(last_used_at__isnull=True) | Q(last_used_at__lte=now - USE_NOTED_EVERY)
@@ -74,4 +74,5 @@ def note_use(model: type[HashedToken], pk: int, name: str, now: datetime) -> Non
         with transaction.atomic():
             model._default_manager.filter(outdated, pk=pk).update(last_used_at=now)
     except DatabaseError as error:
-        logger.warning("the use of token %s is not noted: %s", name, error)
+        kind = model._meta.verbose_name
+        logger.warning("the use of %s %d is not noted: %s", kind, pk, error)

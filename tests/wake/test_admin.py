@@ -139,7 +139,7 @@ def one_of_each() -> None:
 OUR_MODELS = [
     model for label in ("wake", "hooks") for model in apps.get_app_config(label).get_models()
 ]
-PARTS_OF_A_PAGE = {"AllowedSessionPrefix"}
+PARTS_OF_A_PAGE = {"AgentTurn", "AllowedSessionPrefix", "IdempotencyKey"}
 
 
 @pytest.mark.parametrize(

@@ -1,8 +1,9 @@
 """The queue under any order of what can happen to it, on the database that the tests run on.
 
-A machine enqueues, claims, settles, fails, crashes, reaps, pauses, requeues and discards, with a
-clock of its own. After every step the stored data must keep the queue's promises; at the end
-everything is drained, and every acknowledged event must have been delivered or be on record.
+A machine enqueues events and turns, claims, settles, fails, crashes, reaps, pauses, requeues and
+discards, with a clock of its own. After every step the stored data must keep the queue's promises;
+at the end everything is drained, and every acknowledged event must have been delivered or be on
+record.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from wake import queue
 from wake.errors import LeaseLost, QueueFull
 from wake.models import (
     Agent,
+    AgentTurn,
     DueReason,
     EventState,
     GatewaySettings,
@@ -31,7 +33,7 @@ from wake.models import (
     Session,
     SystemEvent,
 )
-from wake.queue import Claim, Due, Entry, Stored
+from wake.queue import Claim, Due, Entry, Stored, Turn
 from wake.session_keys import SessionKey
 
 LEASE = timedelta(seconds=15)
@@ -59,6 +61,7 @@ class QueueMachine(RuleBasedStateMachine):
         self.acknowledged: dict[SessionKey, list[UUID]] = defaultdict(list)
         self.delivered: dict[SessionKey, list[UUID]] = defaultdict(list)
         self.touched_by_hand: set[UUID] = set()
+        self.run_ids: set[UUID] = set()
 
     # --- What can happen ------------------------------------------------------------------------
 
@@ -101,10 +104,31 @@ class QueueMachine(RuleBasedStateMachine):
             else:
                 self.check_coalesced(entry, result, in_flight)
 
+    @rule(session=st.sampled_from(SESSIONS), text=st.sampled_from(["x", "y"]), nudge=st.booleans())
+    def enqueue_a_turn(self, session: SessionKey, text: str, nudge: bool) -> None:
+        """A turn of its own; its text may be that of an event that waits, or of another turn."""
+        entry = Entry(
+            session,
+            text,
+            "cli",
+            False,
+            Due(self.now, DueReason.WAKE),
+            tuple(SESSIONS) if nudge else (),
+            Turn("a turn"),
+            "now",
+        )
+        (result,) = queue.enqueue([entry], now=self.now, max_queued=MAX_QUEUED)
+        if isinstance(result, QueueFull):
+            assert Session.objects.get(key=session.key).queued >= MAX_QUEUED
+        else:
+            assert result.outcome == "queued"
+            self.acknowledged[session].append(result.event_id)
+
     def check_coalesced(self, entry: Entry, result: Stored, in_flight: set[UUID]) -> None:
         twin = SystemEvent.objects.get(uid=result.event_id)
         assert (twin.text, twin.external, twin.state) == (entry.text, entry.external, "queued")
         assert twin.session.key == entry.session.key
+        assert not twin.alone
         assert twin.uid not in in_flight, "the agent may have seen it already: this one is new"
 
     @rule(limit=st.integers(1, 4))
@@ -121,7 +145,22 @@ class QueueMachine(RuleBasedStateMachine):
         for claim in claims:
             assert claim.session.agent_id not in self.paused
             assert claim.session not in {other.session for other in self.open}
+            self.check_alone(claim)
         self.open += claims
+
+    def check_alone(self, claim: Claim) -> None:
+        """A turn comes alone, and its first run has its id; no other heartbeat has a turn in it."""
+        uids = [event.event_id for event in claim.events]
+        turns = set(
+            SystemEvent.objects.filter(uid__in=uids, alone=True).values_list("uid", flat=True)
+        )
+        if claim.turn is None:
+            assert not turns
+            return
+        assert turns == set(uids)
+        assert len(uids) == 1
+        assert claim.run_id == uids[0] or uids[0] in self.run_ids
+        self.run_ids.add(claim.run_id)
 
     @rule(data=st.data(), quiet=st.booleans())
     def settle(self, data: st.DataObject, quiet: bool) -> None:
@@ -237,6 +276,11 @@ class QueueMachine(RuleBasedStateMachine):
     def every_acknowledged_event_is_on_record(self) -> None:
         stored = set(SystemEvent.objects.values_list("uid", flat=True))
         assert stored == {uid for uids in self.acknowledged.values() for uid in uids}
+
+    @invariant()
+    def every_event_that_is_alone_is_a_turn_and_no_other(self) -> None:
+        alone = SystemEvent.objects.filter(alone=True).values_list("pk", flat=True)
+        assert set(alone) == set(AgentTurn.objects.values_list("pk", flat=True))
 
     @invariant()
     def a_running_heartbeat_holds_its_sessions_lease(self) -> None:

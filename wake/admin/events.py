@@ -14,6 +14,7 @@ from django.utils.html import format_html
 
 from wake import queue
 from wake.admin.screens import (
+    NOTHING,
     PREVIEW_CHARACTERS,
     ReadOnlyPage,
     SinceFilter,
@@ -83,7 +84,17 @@ class SystemEventAdmin(ReadOnlyPage):
         "event_id",
         "came",
         "heartbeat_link",
+        "turn_name",
+        "time_limit",
+        "note",
+        "answer",
     )
+
+    def get_fieldsets(self, request: HttpRequest, obj: Any = None) -> Any:
+        if obj is None or not obj.alone:
+            return self.fieldsets
+        of_turn = (("turn_name", "time_limit"), "note", "answer")
+        return (*self.fieldsets, ("A turn of its own", {"fields": of_turn}))
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
         # Fifty texts can be three megabytes: a list reads their beginnings only.
@@ -169,6 +180,29 @@ class SystemEventAdmin(ReadOnlyPage):
             return "none yet"
         run = row.heartbeat
         return format_html("{} {}", link(run, code(str(run.run_id))), heartbeat_badge(run))
+
+    @admin.display(description="turn")
+    def turn_name(self, row: SystemEvent) -> str:
+        return row.turn.name
+
+    @admin.display(description="time limit")
+    def time_limit(self, row: SystemEvent) -> str:
+        seconds = row.turn.timeout_seconds
+        return "the agent's" if seconds is None else f"{seconds:,} s"
+
+    @admin.display(description="note to the main session")
+    def note(self, row: SystemEvent) -> str:
+        turn = row.turn
+        if not turn.deliver:
+            return "not wanted"
+        if turn.noted_at is None:
+            return "waits for the end of the turn" if row.state == EventState.QUEUED else "waits"
+        return format_html("done {}", moment(turn.noted_at))
+
+    @admin.display(description="reply or error")
+    def answer(self, row: SystemEvent) -> str:
+        run = row.heartbeat
+        return block(run.reply or run.error) if run else NOTHING
 
     @admin.display(description="now")
     def now(self, row: SystemEvent) -> str:

@@ -6,7 +6,7 @@ from typing import Any
 from uuid import UUID
 
 from django.contrib import admin
-from django.db.models import QuerySet
+from django.db.models import Q, QuerySet
 from django.db.models.functions import Left
 from django.http import HttpRequest
 from django.utils.html import format_html
@@ -29,6 +29,7 @@ from wake.admin.tables import (
 )
 from wake.models import (
     Heartbeat,
+    SystemEvent,
 )
 from wake.presentation import exact
 
@@ -56,7 +57,7 @@ class HeartbeatAdmin(ReadOnlyPage):
         HeartbeatAgeFilter,
     )
     search_fields = ("session__key",)
-    search_help_text = "Part of a session key, or a whole run id"
+    search_help_text = "Part of a session key, a whole run id, or the id of an event it settled"
     ordering = ("-started_at", "-pk")
     list_select_related = ("session",)
     fieldsets = (
@@ -101,7 +102,9 @@ class HeartbeatAdmin(ReadOnlyPage):
             run_id = UUID(search_term.strip())
         except ValueError:
             return super().get_search_results(request, queryset, search_term)
-        return queryset.filter(run_id=run_id), False
+        # A turn of its own is known by its first run, which another one may have followed.
+        settled = SystemEvent.objects.filter(uid=run_id).values_list("heartbeat_id", flat=True)
+        return queryset.filter(Q(run_id=run_id) | Q(pk__in=list(settled))), False
 
     def tables_for(self, row: Heartbeat) -> list[Table]:
         return [events_table("Events it settled", row.events.order_by("pk"))]

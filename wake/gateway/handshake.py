@@ -117,7 +117,7 @@ def authenticate(offered: Credentials | None, now: datetime) -> Credential:
     # Looking up a hash of a random token tells its holder nothing by the time it takes.
     for token in GatewayToken.objects.filter(digest__in=digests):
         if tokens.is_usable(token, now):
-            tokens.note_use(GatewayToken, token.pk, token.name, now)
+            tokens.note_use(GatewayToken, token.pk, now)
             return Credential(token.name, scopes.ALL, token.pk)
     raise _unauthorized("token mismatch", "AUTH_TOKEN_MISMATCH", "token_mismatch")
 

@@ -27,7 +27,8 @@ from django.utils import timezone
 
 from wake import configuration, doorbell, queue, schedule
 from wake.configuration import AgentConfiguration, GatewayConfiguration
-from wake.errors import LeaseLost
+from wake.errors import LeaseLost, QueueFull
+from wake.heartbeats import turns
 from wake.heartbeats.prompt import build_prompt, is_quiet
 from wake.heartbeats.runners import Delivered, Failed, Outcome, Runner, Turn, make_runner
 from wake.models import HeartbeatStatus, RunnerKind
@@ -232,6 +233,8 @@ class HeartbeatLoop:
             events=claim.events,
         )
         limit = agent.timeout.total_seconds()
+        if claim.turn and claim.turn.timeout_seconds:
+            limit = claim.turn.timeout_seconds
         try:
             async with asyncio.timeout(limit) as timer:
                 return await self._runner(agent.runner).run(turn)
@@ -290,6 +293,15 @@ class HeartbeatLoop:
                 prompt=prompt,
                 next_scheduled=scheduled,
             )
+        if claim.turn and claim.turn.deliver:
+            self._note_step(claim, now)
+
+    def _note_step(self, claim: Claim, now: datetime) -> None:
+        """Write the note about a turn that ended. It is settled: upkeep tries again what fails."""
+        try:
+            turns.note_turn(claim.events[0].pk, configuration.gateway(), now)
+        except (DatabaseError, QueueFull) as error:
+            logger.warning("heartbeats: the note about run %s waits: %s", claim.run_id, error)
 
     def _next_scheduled(self, claim: Claim, now: datetime) -> datetime | None:
         """Return the session's next scheduled heartbeat, if it is its agent's main session."""
@@ -334,7 +346,7 @@ class HeartbeatLoop:
             queue.turn_back_retries(-jump, now=self._clock())
 
     def _upkeep_step(self) -> None:
-        """Reap lost leases, correct due times after a clock jump, keep the schedules."""
+        """Reap lost leases, correct due times after a clock jump, keep schedules, write notes."""
         snapshot = configuration.gateway()
         now = self._clock()
         limits = {agent.id: agent.max_attempts for agent in snapshot.agents.values()}
@@ -348,6 +360,8 @@ class HeartbeatLoop:
         if scheduled_for != snapshot or time.monotonic() >= again_at:
             queue.keep_schedules(_schedules(snapshot, now), now=now)
             self._scheduled = snapshot, time.monotonic() + SCHEDULES_SECONDS
+        # Those of turns that died with their process, and those that could not be written before.
+        turns.note_ended_turns(snapshot, now)
 
     async def _in_database(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `step` on the loop's database thread."""

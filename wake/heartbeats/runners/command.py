@@ -54,6 +54,7 @@ GATEWAY_VARIABLES: Final = frozenset(
         "DATABASE_URL",
         "DEBUG",
         "HEARTBEAT_LEASE_SECONDS",
+        "HOOK_TRANSFORMS",
         "LOG_LEVEL",
         "OPENCLAW_HEARTBEATS",
         "PGPASSFILE",
