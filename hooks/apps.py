@@ -1,9 +1,11 @@
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from django.apps import AppConfig
-from django.db.models.signals import post_delete, post_migrate, post_save
+from django.conf import settings
+from django.db.models.signals import m2m_changed, post_delete, post_migrate, post_save
 
 
 class HooksConfig(AppConfig):
@@ -11,8 +13,12 @@ class HooksConfig(AppConfig):
     verbose_name = "HTTP hooks"
 
     def ready(self) -> None:
-        from hooks import checks, configuration  # noqa: F401 - importing registers the checks
+        # Importing registers them.
+        from hooks import checks, configuration, shipped_transforms  # noqa: F401
         from hooks.models import AllowedSessionPrefix, HookMapping, HookPolicy, HookToken
+
+        for module in settings.HOOK_TRANSFORMS:
+            import_module(module)
 
         def forget(**_: Any) -> None:
             configuration.hooks.forget()
@@ -22,6 +28,9 @@ class HooksConfig(AppConfig):
                 signal.connect(
                     forget, sender=model, weak=False, dispatch_uid=f"{model}-{id(signal)}"
                 )
+
+        for linked in (HookPolicy.allowed_agents.through, HookToken.mappings.through):
+            m2m_changed.connect(forget, sender=linked, weak=False, dispatch_uid=f"{linked}")
 
         # After `migrate` (and after a test flushed the tables) the policy is there again.
         def ensure_defaults(**_: Any) -> None:

@@ -10,8 +10,11 @@ from typing import Final
 
 from django.conf import settings
 
-from hooks.models import AllowedSessionPrefix, HookMapping, HookPolicy, HookToken
+from hooks import transforms
+from hooks.models import AllowedSessionPrefix, HookMapping, HookPolicy, HookToken, KeepBodies
+from hooks.signatures import SignatureConfiguration
 from hooks.template import EMPTY, Template, TemplateError
+from hooks.transforms import Transform
 from wake.configuration import Snapshot
 from wake.dispatch import Mode
 from wake.tokens import digest
@@ -21,11 +24,15 @@ ENVIRONMENT_TOKEN: Final = "OPENCLAW_HOOKS_TOKEN"  # noqa: S105 - the name of a 
 
 @dataclass(frozen=True, slots=True)
 class TokenConfiguration:
-    """A token that is not revoked. The environment's has no row and no `id`."""
+    """A token that is not revoked. The environment's has no row and no `id`.
+
+    `mappings` are the ids of those that it opens; None for every hook.
+    """
 
     id: int | None
     name: str
     expires_at: datetime | None = None
+    mappings: frozenset[int] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,16 +40,23 @@ class MappingConfiguration:
     """An enabled mapping, its templates parsed.
 
     `path` has no outer slashes; an empty one stands for every path. `fault` says what is wrong
-    with a stored template: such a mapping matches and refuses, and the others work on.
+    with what is stored: such a mapping matches and refuses, and the others work on.
     """
 
+    id: int
     name: str
     path: str = ""
     source: str = ""
+    signature: SignatureConfiguration | None = None
+    action: HookMapping.Action = HookMapping.Action.WAKE
     mode: Mode = Mode.NOW
     agent_id: str | None = None
     session_key: Template = EMPTY
+    for_each: str = ""
+    transform: Transform | None = None
     text: Template = EMPTY
+    deliver: bool = True
+    timeout_seconds: int | None = None
     fault: str = ""
 
 
@@ -50,7 +64,8 @@ class MappingConfiguration:
 class HookConfiguration:
     """Policy, tokens by digest, and the enabled mappings in their order.
 
-    `prefixes` are in lower case; `base_path` starts with a slash and ends without one.
+    `prefixes` are in lower case; `base_path` starts with a slash and ends without one; no
+    `allowed_agents` means that hooks reach all of them.
     """
 
     enabled: bool = True
@@ -58,6 +73,9 @@ class HookConfiguration:
     allow_request_session_key: bool = False
     max_body_bytes: int = 256 * 1024
     prefixes: tuple[str, ...] = ()
+    default_session_key: str = ""
+    allowed_agents: frozenset[str] = frozenset()
+    keep_bodies: KeepBodies = KeepBodies.ALWAYS
     tokens: Mapping[str, TokenConfiguration] = field(default_factory=dict, repr=False)
     mappings: tuple[MappingConfiguration, ...] = ()
 
@@ -83,38 +101,73 @@ def read() -> HookConfiguration:
             prefix.lower()
             for prefix in AllowedSessionPrefix.objects.values_list("prefix", flat=True)
         ),
+        default_session_key=policy.default_session_key.strip(),
+        allowed_agents=frozenset(policy.allowed_agents.values_list("pk", flat=True)),
+        keep_bodies=KeepBodies(policy.keep_bodies),
         tokens=MappingProxyType(_tokens()),
-        mappings=tuple(_frozen(mapping) for mapping in HookMapping.objects.filter(enabled=True)),
+        mappings=tuple(frozen(mapping) for mapping in HookMapping.objects.filter(enabled=True)),
     )
 
 
 def _tokens() -> dict[str, TokenConfiguration]:
+    valid = HookToken.objects.filter(revoked_at__isnull=True).prefetch_related("mappings")
     tokens = {
-        token.digest: TokenConfiguration(token.pk, token.name, token.expires_at)
-        for token in HookToken.objects.filter(revoked_at__isnull=True)
+        token.digest: TokenConfiguration(
+            token.pk,
+            token.name,
+            token.expires_at,
+            frozenset(mapping.pk for mapping in token.mappings.all()) if token.limited else None,
+        )
+        for token in valid
     }
     if settings.OPENCLAW_HOOKS_TOKEN:
         tokens[digest(settings.OPENCLAW_HOOKS_TOKEN)] = TokenConfiguration(None, ENVIRONMENT_TOKEN)
     return tokens
 
 
-def _frozen(mapping: HookMapping) -> MappingConfiguration:
+def frozen(mapping: HookMapping) -> MappingConfiguration:
+    """Return a mapping as decisions see it; it need not be stored (its id is then 0)."""
     text = session_key = EMPTY
+    transform = transforms.find(mapping.transform)
     fault = ""
     try:
         session_key = Template.parse(mapping.session_key)
         text = Template.parse(mapping.text_template)
     except TemplateError as error:
         fault = str(error)
+    if mapping.transform and transform is None:
+        fault = f'no transform is registered as "{mapping.transform}"'
     return MappingConfiguration(
+        id=mapping.pk or 0,
         name=mapping.name,
         path=mapping.match_path.strip("/"),
         source=mapping.match_source,
+        signature=_signature(mapping),
+        action=HookMapping.Action(mapping.action),
         mode=Mode(mapping.mode),
         agent_id=mapping.agent_id,
         session_key=session_key,
+        for_each=mapping.for_each,
+        transform=transform,
         text=text,
+        deliver=mapping.deliver,
+        timeout_seconds=mapping.timeout_seconds,
         fault=fault,
+    )
+
+
+def _signature(mapping: HookMapping) -> SignatureConfiguration | None:
+    if not mapping.signature_scheme:
+        return None
+    # One that cannot be read any more (another SECRET_KEY) is empty: it opens nothing.
+    secrets = (mapping.signing_secret, mapping.previous_signing_secret)
+    return SignatureConfiguration(
+        scheme=mapping.signature_scheme,
+        secrets=tuple(secret for secret in secrets if secret),
+        header=mapping.signature_header,
+        prefix=mapping.signature_prefix,
+        digest=mapping.signature_digest,
+        encoding=mapping.signature_encoding,
     )
 
 

@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
+from uuid import UUID
 
 import msgspec
 
@@ -54,12 +55,14 @@ class HookRequest:
     """What templates, and every other decision, see of a request.
 
     `payload` is any JSON value; `headers` are by lower-case name and without credentials (see
-    `visible_headers`); `path` is the one below the base path, without outer slashes.
+    `visible_headers`); `path` is the one below the base path, without outer slashes; `uid` is the
+    request's own, and random.
     """
 
     path: str
     payload: Any
     now: datetime
+    uid: UUID
     headers: Mapping[str, str] = field(default_factory=dict)
     query: Mapping[str, str] = field(default_factory=dict)
 

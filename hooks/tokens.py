@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import UTC, datetime, timedelta
 from typing import Final
 
@@ -9,7 +10,7 @@ from django.core.exceptions import ValidationError
 from django.db import transaction
 from django.db.models import Q
 
-from hooks.models import HookToken
+from hooks.models import HookMapping, HookToken
 from wake import tokens
 
 PREFIX: Final = "och_"
@@ -19,12 +20,24 @@ REPLACED_MARK: Final = " (until "
 REPLACED_NAME_LENGTH: Final = 67
 
 
-def create(name: str, *, expires_at: datetime | None = None) -> tuple[HookToken, str]:
+def create(
+    name: str,
+    *,
+    expires_at: datetime | None = None,
+    mappings: Collection[HookMapping] | None = None,
+) -> tuple[HookToken, str]:
     """Store a new token and return its row and the token itself, which nobody can read again.
 
+    It opens these mappings and nothing else; with None every hook.
     Raises ValidationError: a name that is empty, too long or taken.
     """
-    return tokens.create(HookToken, name, prefix=PREFIX, expires_at=expires_at)
+    with transaction.atomic():
+        row, token = tokens.create(HookToken, name, prefix=PREFIX, expires_at=expires_at)
+        if mappings is not None:
+            row.limited = True
+            row.save(update_fields=["limited"])
+            row.mappings.set(mappings)
+    return row, token
 
 
 def rotate(
@@ -32,7 +45,7 @@ def rotate(
 ) -> tuple[HookToken, str]:
     """Make a new token under `name`; the old one gets another name and works for `keep_old` more.
 
-    Zero revokes the old one at once; its own expiry is never put off.
+    Both open the same. Zero revokes the old one at once; its own expiry is never put off.
     Raises HookToken.DoesNotExist, or ValidationError when the old one is revoked.
     """
     with transaction.atomic():
@@ -46,7 +59,8 @@ def rotate(
         if ends_at <= now:
             old.revoked_at = now
         old.save()
-        return create(name, expires_at=expires_at)
+        opened = list(old.mappings.all()) if old.limited else None
+        return create(name, expires_at=expires_at, mappings=opened)
 
 
 def revoke(name: str, *, now: datetime) -> int:

@@ -7,8 +7,9 @@ from typing import Any, Final
 from django.http import HttpRequest
 from django.urls import reverse
 
-# Group, then title, icon (Material Symbols), application and model of each page in it.
-GROUPS: Final = (
+# Group, then title, icon (Material Symbols), application and model of each page in it. A page that
+# is of no model has its address's name at the end; its model is the one that must be visible.
+GROUPS: Final[tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = (
     (
         "Work",
         (
@@ -30,7 +31,10 @@ GROUPS: Final = (
         (
             ("Policy", "policy", "hooks", "hookpolicy"),
             ("Mappings", "alt_route", "hooks", "hookmapping"),
+            ("Simulator", "experiment", "hooks", "hookpolicy", "hooks_simulator"),
+            ("Deliveries", "inbox", "hooks", "hookdelivery"),
             ("Tokens", "key", "hooks", "hooktoken"),
+            ("Failed credentials", "key_off", "hooks", "failedcredentials"),
         ),
     ),
     (
@@ -50,17 +54,17 @@ def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
     groups: list[dict[str, Any]] = [{"title": "", "items": [overview]}]
     for group, pages in GROUPS:
         items = [
-            {
-                "title": title,
-                "icon": icon,
-                "link": reverse(f"admin:{application}_{model}_changelist"),
-            }
-            for title, icon, application, model in pages
+            {"title": title, "icon": icon, "link": _address(application, model, *name)}
+            for title, icon, application, model, *name in pages
             if _may_open(request, application, model)
         ]
         if items:
             groups.append({"title": group, "separator": True, "items": items})
     return groups
+
+
+def _address(application: str, model: str, name: str = "") -> str:
+    return reverse(f"admin:{name or f'{application}_{model}_changelist'}")
 
 
 def _may_open(request: HttpRequest, application: str, model: str) -> bool:

@@ -30,6 +30,9 @@ TRUSTED_PROXIES: list[str] = env.list("TRUSTED_PROXIES", default=[])
 OPENCLAW_GATEWAY_TOKEN: str = env.str("OPENCLAW_GATEWAY_TOKEN", default="")
 OPENCLAW_HOOKS_TOKEN: str = env.str("OPENCLAW_HOOKS_TOKEN", default="")
 
+# Modules to import for the transforms that they register; see hooks/transforms.py.
+HOOK_TRANSFORMS: list[str] = env.list("HOOK_TRANSFORMS", default=[])
+
 # How long a heartbeat survives the silence of its process; then another process takes it over.
 HEARTBEAT_LEASE_SECONDS: float = env.float("HEARTBEAT_LEASE_SECONDS", default=15.0)
 
@@ -49,10 +52,13 @@ INSTALLED_APPS = [
     "django.contrib.staticfiles",
     "channels",
     "rest_framework",
+    "drf_spectacular",
+    "drf_spectacular_sidecar",
 ]
 
 MIDDLEWARE = [
     "openclaw_site.middleware.refuse_nul",
+    "hooks.hosts.refuse_unknown_host",
     "django.middleware.security.SecurityMiddleware",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
@@ -143,12 +149,36 @@ SESSION_COOKIE_SECURE = CSRF_COOKIE_SECURE = env.bool(
     "SECURE_COOKIES", default=bool(TRUSTED_PROXIES)
 )
 SECURE_CONTENT_TYPE_NOSNIFF = True
+SILENCED_SYSTEM_CHECKS = [
+    # The proxy speaks TLS; it sends people to HTTPS and tells their browsers to stay there.
+    "security.W004",
+    "security.W008",
+    # wake.W002 says the same of both cookies, and which variables to set.
+    "security.W012",
+    "security.W016",
+]
 X_FRAME_OPTIONS = "DENY"
 
 REST_FRAMEWORK: dict[str, Any] = {
     "DEFAULT_AUTHENTICATION_CLASSES": [],
     "DEFAULT_PERMISSION_CLASSES": [],
     "UNAUTHENTICATED_USER": None,
+}
+
+# The description of the HTTP door at /api/. What it says is written in hooks/schema.py.
+SPECTACULAR_SETTINGS: dict[str, Any] = {
+    "TITLE": "OpenClaw wake gateway",
+    "OAS_VERSION": "3.1.0",
+    "SERVE_INCLUDE_SCHEMA": False,
+    "PREPROCESSING_HOOKS": ["hooks.schema.leave_out_views"],
+    "POSTPROCESSING_HOOKS": ["hooks.schema.describe_hooks"],
+    "SORT_OPERATIONS": False,
+    # Nothing on the page comes from elsewhere, or asks elsewhere whether the description is valid.
+    "SWAGGER_UI_DIST": "SIDECAR",
+    "SWAGGER_UI_FAVICON_HREF": "SIDECAR",
+    "SWAGGER_UI_SETTINGS": {"deepLinking": True, "validatorUrl": None},
+    # It does not depend on the deployment; a test validates it.
+    "ENABLE_DJANGO_DEPLOY_CHECK": False,
 }
 
 LOGGING = {

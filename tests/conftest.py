@@ -10,6 +10,7 @@ from django.conf import settings
 from django.db import connection
 from pytest_django import DjangoDbBlocker
 
+from hooks import authentication
 from hooks import configuration as hooks_configuration
 from tests.live import LiveGateway
 from wake import configuration
@@ -38,9 +39,10 @@ def django_db_setup(django_db_setup: None, django_db_blocker: DjangoDbBlocker) -
 
 @pytest.fixture(autouse=True)
 def _fresh_configuration() -> Iterator[None]:
-    """Forget the snapshots of the configuration: each test has a database of its own."""
+    """Forget what a process remembers: each test has a database of its own."""
     configuration.gateway.forget()
     hooks_configuration.hooks.forget()
+    authentication._noted.clear()
     yield
     configuration.gateway.forget()
     hooks_configuration.hooks.forget()

@@ -22,7 +22,8 @@ START_SECONDS = 60
 class LiveGateway:
     """`manage.py gateway` on a free port. Tests on PostgreSQL get a fresh database there.
 
-    `directory` is the process's working directory and holds what it writes.
+    `directory` is the process's working directory and holds what it writes. `beside` is a gateway
+    whose database, and with it its tokens, this one shares.
     """
 
     url: str
@@ -37,6 +38,7 @@ class LiveGateway:
         *,
         arguments: tuple[str, ...] = (),
         environment: Mapping[str, str] | None = None,
+        beside: LiveGateway | None = None,
     ) -> None:
         self.directory = directory
         self.arguments = arguments
@@ -44,14 +46,16 @@ class LiveGateway:
         self._database_name = f"live_{secrets.token_hex(6)}"
         self.environment = {
             **os.environ,
-            "DATABASE_URL": self._make_database(),
+            "DATABASE_URL": beside.database_url if beside else self._make_database(),
             "SECRET_KEY": "only-for-tests",
             "PYTHONUNBUFFERED": "1",
             **(environment or {}),
         }
+        self._owns_database = beside is None
+        if beside:
+            self.gateway_token, self.hook_token = beside.gateway_token, beside.hook_token
         self.process: subprocess.Popen[str] | None = None
         self.output: list[str] = []
-        self._ready = threading.Event()
 
     def __enter__(self) -> Self:
         self.start()
@@ -68,7 +72,7 @@ class LiveGateway:
 
     def start(self, *, port: int = 0) -> None:
         """Start the process and wait until it says that it is ready."""
-        self._ready.clear()
+        ready = threading.Event()
         with (self.directory / "gateway.log").open("a") as log:
             self.process = subprocess.Popen(
                 [
@@ -85,8 +89,8 @@ class LiveGateway:
                 stderr=log,
                 text=True,
             )
-        threading.Thread(target=self._read, args=(self.process,), daemon=True).start()
-        if not self._ready.wait(START_SECONDS) or self.process.poll() is not None:
+        threading.Thread(target=self._read, args=(self.process, ready), daemon=True).start()
+        if not ready.wait(START_SECONDS) or self.process.poll() is not None:
             self.stop()
             raise AssertionError(f"the gateway did not start:\n{self.log()}\n{self.output}")
         self.ws_url = self.url.replace("http://", "ws://") + "/"
@@ -94,6 +98,10 @@ class LiveGateway:
     def log(self) -> str:
         """Return what the process wrote on standard error so far."""
         return (self.directory / "gateway.log").read_text(errors="replace")
+
+    @property
+    def database_url(self) -> str:
+        return self.environment["DATABASE_URL"]
 
     @property
     def port(self) -> int:
@@ -130,7 +138,12 @@ class LiveGateway:
             timeout=60,
         )
 
-    def _read(self, process: subprocess.Popen[str]) -> None:
+    def events(self) -> int:
+        """Return how many events are stored."""
+        counting = "from wake.models import SystemEvent; print(SystemEvent.objects.count())"
+        return int(self.manage("shell", "-v0", "-c", counting).stdout.split()[-1])
+
+    def _read(self, process: subprocess.Popen[str], ready: threading.Event) -> None:
         assert process.stdout
         shown = {
             "gateway token": "gateway_token",
@@ -143,8 +156,8 @@ class LiveGateway:
                 setattr(self, shown[match[1]], match[2])
             if match := re.match(r"ready (http://\S+)$", line):
                 self.url = match[1]
-                self._ready.set()
-        self._ready.set()  # it ended: no need to wait any longer
+                ready.set()
+        ready.set()  # it ended: no need to wait any longer
 
     def _make_database(self) -> str:
         if not self._postgresql:
@@ -157,7 +170,7 @@ class LiveGateway:
 
     def drop_database(self) -> None:
         """Remove the database that was made for this gateway."""
-        if self._postgresql:
+        if self._postgresql and self._owns_database:
             self._execute_on_postgresql(f'DROP DATABASE "{self._database_name}" WITH (FORCE)')
 
     def _execute_on_postgresql(self, statement: str) -> None:

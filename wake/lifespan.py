@@ -1,6 +1,7 @@
 """What runs beside the server in its process, started and stopped with it (ASGI lifespan).
 
-That is the thread that keeps the configuration fresh, and the heartbeat loop.
+That is the thread that keeps the configuration fresh, the one that tidies up, and the heartbeat
+loop.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import Final
 
 from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 
-from wake import configuration
+from wake import configuration, upkeep
 from wake.heartbeats.loop import HeartbeatLoop
 
 # Set to 0 by `manage.py gateway --no-heartbeats`, for every worker process it starts.
@@ -32,6 +33,7 @@ class Lifespan:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await asyncio.to_thread(beside.enter_context, configuration.keep_fresh())
+                beside.enter_context(upkeep.keep_up())
                 if os.environ.get(HEARTBEATS_VARIABLE, "1") != "0":
                     heartbeats = HeartbeatLoop()
                     serving = asyncio.create_task(heartbeats.run())

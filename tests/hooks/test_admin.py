@@ -12,7 +12,7 @@ from django.urls import reverse
 from django.utils import timezone
 
 from hooks import configuration, tokens
-from hooks.admin import policy_in_words
+from hooks.admin.policy import policy_in_words
 from hooks.models import AllowedSessionPrefix, HookMapping, HookPolicy, HookToken
 from tests.admin_browser import (
     Response,
@@ -23,9 +23,12 @@ from tests.admin_browser import (
     signed_in,
     viewing_user,
 )
+from wake.configuration import AgentConfiguration, GatewayConfiguration
+from wake.models import Agent
 
 pytestmark = pytest.mark.django_db
 
+GATEWAY = GatewayConfiguration({"main": AgentConfiguration("main")})
 POLICY = "/admin/hooks/hookpolicy/1/change/"
 
 
@@ -50,6 +53,9 @@ def policy_form(*prefixes: str, **changes: str) -> dict[str, str]:
         "enabled": "on",
         "base_path": "/hooks",
         "max_body_bytes": "262144",
+        "keep_bodies": "always",
+        "keep_deliveries_days": "30",
+        "keep_deliveries_count": "100000",
         "prefixes-TOTAL_FORMS": str(len(prefixes)),
         "prefixes-INITIAL_FORMS": "0",
         **changes,
@@ -151,7 +157,83 @@ def test_the_policy_in_words(
     enabled: bool, allows: bool, prefixes: list[str], sentence: str
 ) -> None:
     policy = HookPolicy(enabled=enabled, allow_request_session_key=allows)
-    assert sentence in policy_in_words(policy, prefixes)[0]
+    assert sentence in policy_in_words(policy, prefixes, GATEWAY)[0]
+
+
+@pytest.mark.parametrize(
+    ("default", "prefixes", "sentence"),
+    [
+        ("", [], "gets one of its own, hook:<random id>."),
+        ("", ["hook:"], "gets one of its own, hook:<random id>."),
+        ("", ["agent:main:hook:"], "gets one of its own, hook:<random id>."),
+        ("", ["discord:"], "no listed prefix allows: it is refused. Set a default session"),
+        ("", ["hook:1"], "no listed prefix allows"),
+        ("Hook:Turns", ["HOOK:"], "goes to Hook:Turns."),
+        ("turns", ["hook:"], "goes to turns, which no listed prefix allows"),
+        ("agent:ops:x", ["agent:ops:"], "without that agent selected it is refused"),
+    ],
+)
+def test_the_words_say_where_a_turn_without_a_session_goes(
+    default: str, prefixes: list[str], sentence: str
+) -> None:
+    policy = HookPolicy(default_session_key=default)
+    assert sentence in policy_in_words(policy, prefixes, GATEWAY)[1]
+
+
+@pytest.mark.parametrize(
+    ("values", "agents", "sentence"),
+    [
+        ({}, [], "Hooks reach every agent."),
+        ({}, ["main"], "Hooks reach the agent main only."),
+        ({}, ["ops", "main"], "Hooks reach these agents only: main, ops."),
+        ({"keep_bodies": "always"}, [], "can be looked into and replayed. Deliveries are kept"),
+        ({"keep_bodies": "failures"}, [], "kept only of failures"),
+        ({"keep_bodies": "never"}, [], "nothing can be looked into or replayed"),
+        ({"keep_deliveries_days": 1, "keep_deliveries_count": 5000}, [], "1 day, and 5,000 at"),
+    ],
+)
+def test_the_words_name_the_agents_and_what_is_kept(
+    values: dict[str, Any], agents: list[str], sentence: str
+) -> None:
+    assert sentence in " ".join(policy_in_words(HookPolicy(**values), [], GATEWAY, agents))
+
+
+def test_the_page_says_what_every_setting_means_at_present(admin_client: Client) -> None:
+    Agent.objects.create(id="ops")
+    form = policy_form("hook:", keep_bodies="never", default_session_key="hook:turns")
+    text = admin_client.post(POLICY, form | {"allowed_agents": "ops"}, follow=True).content.decode()
+    assert "Hooks reach the agent ops only." in text
+    assert "A turn that names no session goes to hook:turns." in text
+    assert "What was sent is not kept" in text
+    assert configuration.hooks().allowed_agents == {"ops"}
+
+
+def test_another_base_path_must_be_confirmed(admin_client: Client) -> None:
+    response = admin_client.post(POLICY, policy_form(base_path="/in"))
+    assert "Senders use /hooks now." in errors_of(response)["confirm_base_path"][0]
+    text = response.content.decode()
+    assert 'data-stored="/hooks"' in text
+    assert "Hooks answer below /hooks/" in text
+    assert configuration.hooks().base_path == "/hooks"
+    admin_client.post(POLICY, policy_form(base_path="/in", confirm_base_path="on"))
+    assert configuration.hooks().base_path == "/in"
+
+
+def test_the_same_base_path_needs_no_confirmation(admin_client: Client) -> None:
+    admin_client.post(POLICY, policy_form(max_body_bytes="2048"))
+    assert configuration.hooks().max_body_bytes == 2048
+
+
+def test_who_may_only_look_is_asked_to_confirm_nothing(viewer: Client) -> None:
+    text = page(viewer, "hooks_hookpolicy_change", 1)
+    assert "Requests may not choose a session key." in text
+    assert "confirm_" not in text
+
+
+def test_a_request_can_be_tried_from_the_policy(admin_client: Client) -> None:
+    text = page(admin_client, "hooks_hookpolicy_change", 1)
+    assert "Try a request" in text
+    assert f"{reverse('admin:hooks_simulator')}?path=wake" in text
 
 
 # --- Tokens -------------------------------------------------------------------------------------
@@ -212,84 +294,6 @@ def test_who_may_only_look_neither_makes_nor_revokes_tokens(viewer: Client) -> N
     assert list(HookToken.objects.values_list("name", "revoked_at")) == [("ci", None)]
 
 
-# --- Mappings -----------------------------------------------------------------------------------
-
-
-def mapping_form(**changes: str) -> dict[str, str]:
-    return {
-        "name": "github",
-        "position": "10",
-        "enabled": "on",
-        "match_path": "/github/",
-        "match_source": "",
-        "action": "wake",
-        "mode": "now",
-        "agent": "",
-        "session_key": "hook:gh:{{payload.id}}",
-        "text_template": "{{payload.action}}",
-        **changes,
-    }
-
-
-def test_a_mapping_is_made_and_listed(admin_client: Client) -> None:
-    admin_client.post(reverse("admin:hooks_hookmapping_add"), mapping_form())
-    assert HookMapping.objects.get().match_path == "github"
-    text = page(admin_client, "hooks_hookmapping_changelist")
-    assert "{{payload.id}}" in text
-    assert "wake, now" in text
-
-
-@pytest.mark.parametrize(
-    ("field", "value"),
-    [
-        ("text_template", ""),
-        ("text_template", "{{payload."),
-        ("session_key", "hook:{{"),
-        ("session_key", "agent:ops"),
-        ("match_path", "wake"),
-        ("agent", "nobody"),
-    ],
-)
-def test_a_mapping_that_could_not_work_is_refused_at_its_field(
-    field: str, value: str, admin_client: Client
-) -> None:
-    response = admin_client.post(
-        reverse("admin:hooks_hookmapping_add"), mapping_form(**{field: value})
-    )
-    assert field in errors_of(response)
-    assert not HookMapping.objects.exists()
-
-
-def act(client: Client, action: str, *mappings: HookMapping) -> Response:
-    return client.post(
-        reverse("admin:hooks_hookmapping_changelist"),
-        {"action": action, "_selected_action": [str(mapping.pk) for mapping in mappings]},
-        follow=True,
-    )
-
-
-def test_mappings_are_enabled_only_if_they_work_and_always_disabled(admin_client: Client) -> None:
-    good = HookMapping.objects.create(name="good", enabled=False, text_template="x")
-    bad = HookMapping.objects.create(name="bad", enabled=False, text_template="{{payload.")
-    messages = said(act(admin_client, "enable", good, bad))
-    assert messages[0].startswith("bad stays disabled: ")
-    assert messages[1] == "1 mapping enabled."
-    assert [mapping.name for mapping in configuration.hooks().mappings] == ["good"]
-    HookMapping.objects.update(enabled=True)
-    assert said(act(admin_client, "disable", good, bad)) == ["2 mappings disabled."]
-    configuration.hooks.forget()
-    assert configuration.hooks().mappings == ()
-
-
-def test_who_may_only_look_changes_no_mapping(viewer: Client) -> None:
-    mapping = HookMapping.objects.create(name="github", text_template="x")
-    act(viewer, "disable", mapping)
-    change = reverse("admin:hooks_hookmapping_change", args=[mapping.pk])
-    assert viewer.post(change, mapping_form()).status_code == 403
-    mapping.refresh_from_db()
-    assert (mapping.enabled, mapping.text_template) == (True, "x")
-
-
 def test_lists_ask_for_as_much_with_many_rows_as_with_few(
     admin_client: Client, django_assert_max_num_queries: Any
 ) -> None:
@@ -301,5 +305,6 @@ def test_lists_ask_for_as_much_with_many_rows_as_with_few(
         HookMapping(name=f"{n}", text_template="x", agent_id="main") for n in range(30)
     )
     for name in ("hooktoken", "hookmapping"):
+        configuration.hooks()  # read now and then, whatever the page
         with django_assert_max_num_queries(8):
             page(admin_client, f"hooks_{name}_changelist")

@@ -11,7 +11,7 @@ from django.core.management import CommandError, call_command
 from django.test import override_settings
 from django.utils import timezone
 
-from hooks.models import HookToken
+from hooks.models import HookMapping, HookToken
 from tests.hooks.conftest import Send
 from tests.live import LiveGateway
 from wake.tokens import digest, is_usable
@@ -116,6 +116,46 @@ def test_the_list_says_what_each_token_is_worth() -> None:
         assert "very_secret" not in run()
 
 
+def test_a_token_is_limited_to_mappings_and_stays_so_when_it_is_rotated(send: Send) -> None:
+    for name in ("builds", "mail", "other"):
+        HookMapping.objects.create(name=name, match_path=f"in/{name}", text_template="{{id}}")
+    output = run("create", "ci", "--mapping", "builds", "--mapping", "mail")
+    old = re.search(r"^  (och_\S{40,})$", output, re.MULTILINE)
+    assert old
+    assert "opens builds, mail" in output
+    assert "curl http://127.0.0.1:8000/hooks/in/builds" in output
+    run("create", "all")
+    run("rotate", "ci")
+    lines = {line.split("  ")[0]: line for line in run("list").splitlines()}
+    assert "  builds, mail  " in lines["ci"]
+    assert "  every hook  " in lines["all"]
+    assert HookToken.objects.filter(limited=True, mappings__name="mail").count() == 2
+    for path, status in (("in/builds", 200), ("in/other", 401), ("wake", 401)):
+        answer = send(f"/hooks/{path}", {"id": 1, "text": "x"}, token=old[1])
+        assert answer.status_code == status, path
+
+
+def test_the_list_says_that_a_token_opens_nothing() -> None:
+    mapping = HookMapping.objects.create(name="builds", text_template="x")
+    run("create", "ci", "--mapping", "builds")
+    mapping.delete()
+    assert "  nothing  " in run("list")
+
+
+def test_a_name_that_a_terminal_would_obey_is_written_out() -> None:
+    assert "\x1b" not in run("create", "a\x1b[31mb")
+    assert r"a\x1b[31mb" in run("list")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["create", "a\udcff"], ["create", "a", "--mapping", "\udcff"]]
+)
+def test_arguments_that_are_no_text_are_wrong_usage(arguments: list[str]) -> None:
+    with pytest.raises(CommandError, match="is not valid text"):
+        run(*arguments)
+    assert not HookToken.objects.exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
@@ -123,6 +163,7 @@ def test_the_list_says_what_each_token_is_worth() -> None:
         (["create", ""], "name: This field cannot be blank."),
         (["rotate", "nobody"], 'no hook token is called "nobody"'),
         (["revoke", "nobody"], 'no hook token is called "nobody"'),
+        (["create", "x", "--mapping", "none"], 'no hook mapping is called "none"'),
         (["rotate", "revoked"], 'token "revoked" is revoked; create one under another name'),
         (["create", "x", "--expires", "999999999d"], "the duration reaches past the end"),
     ],
@@ -167,3 +208,5 @@ def test_from_another_process_into_a_running_gateway(live_gateway: LiveGateway) 
     refused = live_gateway.manage("hook_tokens", "revoke", "nobody", check=False)
     assert (refused.returncode, refused.stderr.count("\n"), refused.stdout) == (1, 1, "")
     assert live_gateway.manage("hook_tokens", "revoke", check=False).returncode == 2
+    odd = live_gateway.manage("hook_tokens", "create", "a\udcff", check=False)
+    assert (odd.returncode, "Traceback" in odd.stderr) == (2, False)

@@ -5,13 +5,14 @@ from __future__ import annotations
 import json
 from datetime import datetime
 from typing import Any
+from uuid import uuid4
 
 import pytest
 from django.utils import timezone
 
 from hooks.configuration import MappingConfiguration
 from hooks.errors import MappingError
-from hooks.mapping import make_wake
+from hooks.mapping import write
 from hooks.models import HookMapping
 from hooks.template import HookRequest, Template
 from tests.hooks.conftest import Send, allow_keys, error_of, rows
@@ -155,9 +156,9 @@ def test_values_too_deep_to_write_are_refused() -> None:
     payload: list[Any] = []
     for _ in range(100_000):
         payload = [payload]
-    mapping = MappingConfiguration("deep", text=Template.parse("{{payload}}"))
+    mapping = MappingConfiguration(1, "deep", text=Template.parse("{{payload}}"))
     with pytest.raises(MappingError, match='"deep" cannot write a value nested so deep'):
-        make_wake(mapping, HookRequest("ci", payload, timezone.now()))
+        write(mapping, HookRequest("ci", payload, timezone.now(), uuid4()), {})
 
 
 def test_now_is_the_time_of_the_request(send: Send) -> None:

@@ -6,6 +6,7 @@ import json
 import string
 from datetime import UTC, datetime, timedelta, timezone
 from typing import Any
+from uuid import UUID
 
 import pytest
 from hypothesis import given
@@ -30,10 +31,12 @@ PAYLOAD: dict[str, Any] = {
     "items": "a field, not a method",
     "nested": "{{a.b}}",
 }
+UID = UUID(int=1)
 REQUEST = HookRequest(
     path="ci/build",
     payload=PAYLOAD,
     now=NOW,
+    uid=UID,
     headers={"x-event": "push"},
     query={"kind": "pr", "hub.mode": "subscribe", "ids[0]": "7"},
 )
@@ -75,7 +78,7 @@ def test_what_an_expression_renders(text: str, rendered: str) -> None:
 
 
 def test_the_whole_payload() -> None:
-    request = HookRequest("x", [1, {"a": "b"}], NOW)
+    request = HookRequest("x", [1, {"a": "b"}], NOW, UID)
     assert render("{{payload}} {{payload[1].a}}<{{a}}>", request) == '[1,{"a":"b"}] b<>'
 
 
@@ -143,7 +146,7 @@ def test_a_template_renders_or_is_refused_by_name(text: str, payload: Any) -> No
         assert 0 <= error.position < len(text)  # noqa: PT017
         assert "{{" in text
     else:
-        assert isinstance(template.render(HookRequest("x", payload, NOW)), str)
+        assert isinstance(template.render(HookRequest("x", payload, NOW, UID)), str)
 
 
 @given(st.text().filter(lambda text: "{{" not in text))
@@ -153,7 +156,7 @@ def test_text_without_expressions_renders_as_it_is(text: str) -> None:
 
 @given(json_values)
 def test_values_render_as_json_and_strings_as_they_are(value: Any) -> None:
-    rendered = render("{{payload.value}}", HookRequest("x", {"value": value}, NOW))
+    rendered = render("{{payload.value}}", HookRequest("x", {"value": value}, NOW, UID))
     if value is None or isinstance(value, str):
         assert rendered == (value or "")
     else:
@@ -162,5 +165,5 @@ def test_values_render_as_json_and_strings_as_they_are(value: Any) -> None:
 
 @given(st.text(), st.text())
 def test_what_was_rendered_is_never_rendered_again(first: str, second: str) -> None:
-    request = HookRequest("x", {"a": first, "b": second}, NOW.astimezone(UTC))
+    request = HookRequest("x", {"a": first, "b": second}, NOW.astimezone(UTC), UID)
     assert render("{{a}}{{b}}", request) == first + second

@@ -286,11 +286,11 @@ class TokenPage(Page):
     """Bearer tokens: made here, shown once, and known by their hash ever after."""
 
     token_prefix: ClassVar[str]
-    list_display = ("name", "token", "state", "created", "expires", "last_used")
-    list_filter = (("revoked_at", admin.EmptyFieldListFilter),)
+    list_display: tuple[str, ...] = ("name", "token", "state", "created", "expires", "last_used")
+    list_filter: ClassVar[tuple[Any, ...]] = (("revoked_at", admin.EmptyFieldListFilter),)
     search_fields = ("name", "hint")
-    actions = ("revoke",)
-    buttons = ("revoke",)
+    actions: tuple[str, ...] = ("revoke",)
+    buttons: ClassVar[tuple[str, ...]] = ("revoke",)
     fields = ("name", "expires_at")
 
     def example(self, request: HttpRequest, token: str) -> str:

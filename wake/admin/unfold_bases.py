@@ -13,6 +13,11 @@ from unfold.forms import (  # type: ignore[import-untyped]
     UserCreationForm,
 )
 from unfold.widgets import (  # type: ignore[import-untyped]
+    UnfoldAdminCheckboxSelectMultipleWidget,
+    UnfoldAdminPasswordWidget,
+    UnfoldAdminRadioSelectWidget,
+    UnfoldAdminSelectWidget,
+    UnfoldAdminTextareaWidget,
     UnfoldAdminTextInputWidget,
     UnfoldBooleanSwitchWidget,
 )
@@ -49,7 +54,12 @@ __all__ = [
     "ModelAdmin",
     "ModelForm",
     "TabularInline",
+    "UnfoldAdminCheckboxSelectMultipleWidget",
+    "UnfoldAdminPasswordWidget",
+    "UnfoldAdminRadioSelectWidget",
+    "UnfoldAdminSelectWidget",
     "UnfoldAdminTextInputWidget",
+    "UnfoldAdminTextareaWidget",
     "UnfoldBooleanSwitchWidget",
     "UserChangeForm",
     "UserCreationForm",

@@ -12,13 +12,15 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError
 from django.utils import timezone
 
-from hooks import tokens
+from hooks import curl, tokens
 from hooks.configuration import ENVIRONMENT_TOKEN
-from hooks.models import HookPolicy, HookToken
+from hooks.management.terminal import one_line, printable, show, text
+from hooks.models import HookMapping, HookPolicy, HookToken
 from wake.durations import format_duration, parse_duration
 from wake.tokens import is_usable
 
-_COLUMNS = ("NAME", "STARTS WITH", "STATE", "CREATED", "EXPIRES", "LAST USED")
+_COLUMNS = ("NAME", "STARTS WITH", "STATE", "OPENS", "CREATED", "EXPIRES", "LAST USED")
+_EVERY_HOOK = "every hook"
 
 
 class Command(BaseCommand):
@@ -33,6 +35,14 @@ class Command(BaseCommand):
         create = actions.add_parser("create", help="make a token and print it, once")
         _add_name(create)
         _add_expires(create)
+        create.add_argument(
+            "--mapping",
+            type=text,
+            action="append",
+            dest="mappings",
+            metavar="NAME",
+            help="the token opens this mapping and no other hook; may be given more than once",
+        )
         rotate = actions.add_parser("rotate", help="replace a token; the old one works on a while")
         _add_name(rotate)
         _add_expires(rotate)
@@ -54,66 +64,69 @@ class Command(BaseCommand):
             if action == "list":
                 self._list(now)
             elif action == "create":
-                _, token = tokens.create(name, expires_at=_expiry(options, now))
-                self._show(f'Hook token "{name}"', token)
+                mappings = _mappings(options["mappings"])
+                row, token = tokens.create(
+                    name, expires_at=_expiry(options, now), mappings=mappings
+                )
+                self._show(f'Hook token "{name}"', row, token)
             elif action == "rotate":
                 keep_old = options["keep_old"]
-                _, token = tokens.rotate(
+                row, token = tokens.rotate(
                     name, keep_old=keep_old, now=now, expires_at=_expiry(options, now)
                 )
                 old = f"works for {format_duration(keep_old)} more" if keep_old else "is revoked"
-                self._show(f'New hook token "{name}" (the old one {old})', token)
+                self._show(f'New hook token "{name}" (the old one {old})', row, token)
             else:
                 count = tokens.revoke(name, now=now)
                 replaced = ", and with it what it replaced" if count > 1 else ""
-                self.stdout.write(f'Hook token "{name}" is revoked{replaced}.')
+                self.stdout.write(printable(f'Hook token "{name}" is revoked{replaced}.'))
         except HookToken.DoesNotExist as error:
-            raise CommandError(f'no hook token is called "{name}"') from error
+            raise CommandError(one_line(f'no hook token is called "{name}"')) from error
         except ValidationError as error:
-            raise CommandError(_one_line(error)) from error
+            raise CommandError(one_line(_in_words(error))) from error
         except OverflowError as error:
             raise CommandError("the duration reaches past the end of the calendar") from error
         except DatabaseError as error:
-            raise CommandError(f"database: {error} (manage.py migrate?)") from error
+            raise CommandError(one_line(f"database: {error} (manage.py migrate?)")) from error
 
     def _list(self, now: datetime) -> None:
         rows = [
             (
-                token.name,
-                f"{token.hint}…",
+                printable(token.name),
+                printable(f"{token.hint}…"),
                 _state(token, now),
+                printable(_opened(token)),
                 _at(token.created_at),
                 _at(token.expires_at, "never"),
                 _at(token.last_used_at),
             )
-            for token in HookToken.objects.all()
+            for token in HookToken.objects.prefetch_related("mappings")
         ]
         if settings.OPENCLAW_HOOKS_TOKEN:
-            rows.append((ENVIRONMENT_TOKEN, "", "from the environment", "", "never", ""))
+            rows.append(
+                (ENVIRONMENT_TOKEN, "", "from the environment", _EVERY_HOOK, "", "never", "")
+            )
         if not rows:
             self.stdout.write("No hook tokens. Make one: manage.py hook_tokens create NAME")
             return
         table = [_COLUMNS, *rows]
         widths = [max(len(row[column]) for row in table) for column in range(len(_COLUMNS))]
-        for row in table:
-            cells = (cell.ljust(width) for cell, width in zip(row, widths, strict=True))
-            self.stdout.write("  ".join(cells).rstrip())
-
-    def _show(self, what: str, token: str) -> None:
-        base_path = HookPolicy.ensure().base_path
-        self.stdout.write(
-            f"{what}, shown only this once:\n\n"
-            f"  {token}\n\n"
-            f"Try it:\n\n"
-            f"  curl -X POST http://127.0.0.1:8000{base_path}/wake \\\n"
-            f"    -H 'Authorization: Bearer {token}' \\\n"
-            f"    -H 'Content-Type: application/json' \\\n"
-            f'    -d \'{{"text": "hello"}}\''
+        cells = (
+            [cell.ljust(width) for cell, width in zip(row, widths, strict=True)] for row in table
         )
+        show(self.stdout, ("  ".join(row).rstrip() for row in cells))
+
+    def _show(self, what: str, row: HookToken, token: str) -> None:
+        address = f"http://127.0.0.1:8000{HookPolicy.ensure().base_path}"
+        opens = f", opens {_opened(row)}" if row.limited else ""
+        self.stdout.write(printable(f"{what}{opens}, shown only this once:"))
+        self.stdout.write(f"\n  {token}\n\nTry it:\n")
+        for line in curl.for_token(row, token, address).split("\n"):
+            self.stdout.write(printable(f"  {line}"))
 
 
 def _add_name(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", metavar="NAME", help="what the token is called")
+    parser.add_argument("name", type=text, metavar="NAME", help="what the token is called")
 
 
 def _add_expires(parser: argparse.ArgumentParser) -> None:
@@ -126,7 +139,7 @@ def _add_expires(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _one_line(error: ValidationError) -> str:
+def _in_words(error: ValidationError) -> str:
     if not hasattr(error, "error_dict"):
         return " ".join(error.messages)
     return "; ".join(f"{name}: {' '.join(texts)}" for name, texts in error.message_dict.items())
@@ -141,6 +154,23 @@ def _duration(text: str) -> timedelta:
 
 def _expiry(options: dict[str, Any], now: datetime) -> datetime | None:
     return now + options["expires"] if options["expires"] else None
+
+
+def _mappings(names: list[str] | None) -> list[HookMapping] | None:
+    """Return the mappings called so. Raises CommandError for a name that none has."""
+    if names is None:
+        return None
+    found = HookMapping.objects.in_bulk(names, field_name="name")
+    for name in names:
+        if name not in found:
+            raise CommandError(one_line(f'no hook mapping is called "{name}"'))
+    return list(found.values())
+
+
+def _opened(token: HookToken) -> str:
+    if not token.limited:
+        return _EVERY_HOOK
+    return ", ".join(mapping.name for mapping in token.mappings.all()) or "nothing"
 
 
 def _state(token: HookToken, now: datetime) -> str:
