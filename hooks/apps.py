@@ -14,7 +14,7 @@ class HooksConfig(AppConfig):
 
     def ready(self) -> None:
         # Importing registers them.
-        from hooks import checks, configuration, shipped_transforms  # noqa: F401
+        from hooks import checks, configuration, pruning, shipped_transforms  # noqa: F401
         from hooks.models import AllowedSessionPrefix, HookMapping, HookPolicy, HookToken
 
         for module in settings.HOOK_TRANSFORMS:

@@ -89,8 +89,3 @@ def find(digest: str, now: datetime) -> dict[str, Any] | None:
     """Return the first answer to this key, if there is one that still counts."""
     row = IdempotencyKey.objects.filter(digest=digest, created_at__gt=now - KEPT_FOR).first()
     return row.answer if row else None
-
-
-def prune(now: datetime) -> int:
-    """Forget the keys that count no more, and return how many."""
-    return IdempotencyKey.objects.filter(created_at__lte=now - KEPT_FOR).delete()[0]

@@ -46,10 +46,15 @@ class DescriptionView(SpectacularAPIView):
         OpenApiYamlRenderer2,
         OpenApiYamlRenderer,
     ]
+    # Else it is what the URL says, which is written into a header of the answer.
+    api_version = version()
 
 
 class DescriptionPage(SpectacularSwaggerSplitView):
     """`GET /api/`: the description to read and to try out; all it needs comes from this site."""
+
+    # No OPTIONS, for which the page has no template.
+    http_method_names = ["get", "head"]
 
     def finalize_response(
         self, request: Request, response: Response, *args: Any, **kwargs: Any

@@ -232,7 +232,7 @@ def _in_words(answer: Answer) -> str:
         return f"{answer.status}: {answer.text}"
     if answer.body is None:
         return f"{answer.status}: nothing to do"
-    return f"{answer.status}: {answer.error or _json(answer.body)}"
+    return f"{answer.status}: {answer.error or 'a receipt'}"
 
 
 def _json(value: Any) -> str:

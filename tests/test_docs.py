@@ -17,9 +17,9 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from uuid import UUID
 
-import httpx
 import pytest
 
+from tests.admin_browser import Operator
 from tests.live import LiveGateway
 from wake.configuration import AgentConfiguration
 from wake.errors import SessionKeyError
@@ -227,49 +227,20 @@ def without_changing_parts(text: str) -> str:
     return text.strip()
 
 
-class Admin:
-    """The admin's forms, filled in as the README says."""
+def let_requests_choose(operator: Operator) -> None:
+    """Do what the README's numbered steps say."""
+    policy = "/admin/hooks/hookpolicy/1/change/"
+    page = operator.page(policy).lower()
+    for label in re.findall(r"^\d\. .*\*\*(.+?)\*\*", README.read_text(), re.MULTILINE):
+        assert label.lower() in page, f"the policy's page shows no {label!r}"
+    operator.submit(policy, {"allow_request_session_key": "on", "prefixes-0-prefix": "hook:"})
 
-    def __init__(self, gateway: LiveGateway) -> None:
-        self._client = httpx.Client(base_url=gateway.url, follow_redirects=True, trust_env=False)
-        self._send(
-            "/admin/login/?next=/admin/", {"username": "admin", "password": gateway.admin_password}
-        )
 
-    def _send(self, path: str, fields: dict[str, str]) -> str:
-        """Submit the form of a page and return that page as it was."""
-        page = self._client.get(path).text
-        token = self._client.cookies["csrftoken"]
-        answer = self._client.post(path, data={"csrfmiddlewaretoken": token, **fields})
-        answer.raise_for_status()
-        assert "Please correct the error" not in answer.text
-        return page
-
-    def let_requests_choose(self) -> None:
-        page = self._send(
-            "/admin/hooks/hookpolicy/1/change/",
-            {
-                "enabled": "on",
-                "base_path": "/hooks",
-                "max_body_bytes": "262144",
-                "allow_request_session_key": "on",
-                "prefixes-TOTAL_FORMS": "1",
-                "prefixes-INITIAL_FORMS": "0",
-                "prefixes-0-prefix": "hook:",
-            },
-        )
-        for label in re.findall(r"^\d\. .*\*\*(.+?)\*\*", README.read_text(), re.MULTILINE):
-            assert label.lower() in page.lower(), f"the policy's page shows no {label!r}"
-
-    def add_mapping(self) -> None:
-        table = {
-            row[0]: row[1].strip("`") for row in rows(section(README, "### 3. A hook mapping"))
-        }
-        fields = {label.lower().replace(" ", "_"): value for label, value in table.items()}
-        self._send(
-            "/admin/hooks/hookmapping/add/",
-            {"enabled": "on", "position": "0", "action": "wake", "mode": "now", **fields},
-        )
+def add_mapping(operator: Operator) -> None:
+    """Fill the form in as the README's table says."""
+    table = rows(section(README, "### 3. A hook mapping"))
+    fields = {row[0].lower().replace(" ", "_"): row[1].strip("`") for row in table}
+    operator.submit("/admin/hooks/hookmapping/add/", fields)
 
 
 def run(block: str, gateway: LiveGateway) -> str:
@@ -298,12 +269,12 @@ def run(block: str, gateway: LiveGateway) -> str:
 
 def test_the_readme_works_word_by_word(live_gateway: LiveGateway) -> None:
     shown, seen = [], []
-    admin = Admin(live_gateway)
+    operator = Operator(live_gateway)
     for mark, block, shows in steps():
         if mark == "run with the policy":
-            admin.let_requests_choose()
+            let_requests_choose(operator)
         elif mark == "run with the mapping":
-            admin.add_mapping()
+            add_mapping(operator)
         shown.append(without_changing_parts(shows))
         seen.append(without_changing_parts(run(block, live_gateway)))
 
@@ -312,7 +283,7 @@ def test_the_readme_works_word_by_word(live_gateway: LiveGateway) -> None:
 
 
 def test_the_github_workflow_posts_a_wake(live_gateway: LiveGateway) -> None:
-    Admin(live_gateway).let_requests_choose()
+    let_requests_choose(Operator(live_gateway))
     workflow = (ROOT / "docs" / "examples" / "github-actions.yml").read_text()
     script = workflow.partition("run: |\n")[2]
 

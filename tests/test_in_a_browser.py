@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import shutil
-from collections.abc import Iterator
+import subprocess
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -23,6 +25,7 @@ def page(live_gateway: LiveGateway) -> Iterator[Page]:
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
         page = browser.new_page(base_url=live_gateway.url)
+        page.set_default_timeout(8000)
         page.goto("/")
         page.get_by_label("Username").fill("admin")
         page.get_by_label("Password").fill(live_gateway.admin_password)
@@ -30,6 +33,28 @@ def page(live_gateway: LiveGateway) -> Iterator[Page]:
         expect(page.get_by_role("heading", name="How things stand")).to_be_visible()
         yield page
         browser.close()
+
+
+@pytest.fixture
+def screenshot(page: Page) -> Callable[[str], None]:
+    """Keep pictures of the page, light and dark, wide and narrow, in the directory SCREENSHOTS."""
+    directory = os.environ.get("SCREENSHOTS")
+
+    def take(name: str) -> None:
+        if not directory:
+            return
+        for scheme in ("light", "dark"):
+            page.evaluate(
+                "dark => document.documentElement.classList.toggle('dark', dark)", scheme == "dark"
+            )
+            for width in (1280, 390):
+                page.set_viewport_size({"width": width, "height": 900})
+                picture = Path(directory) / f"{name}-{scheme}-{width}.png"
+                page.screenshot(path=picture, full_page=True)
+        page.evaluate("document.documentElement.classList.remove('dark')")
+        page.set_viewport_size({"width": 1280, "height": 900})
+
+    return take
 
 
 def test_a_dead_letter_is_found_and_requeued_once_its_agent_is_well(
@@ -71,3 +96,80 @@ def test_a_program_cannot_be_set_in_a_page(live_gateway: LiveGateway, page: Page
     fields = page.locator("form [name]").evaluate_all("all => all.map(one => one.name)")
     assert "runner" in fields
     assert not [name for name in fields if "command" in name]
+
+
+def test_a_github_hook_from_the_preset_to_a_replay(
+    live_gateway: LiveGateway, page: Page, screenshot: Callable[[str], None]
+) -> None:
+    problems: list[str] = []
+    page.on("pageerror", lambda error: problems.append(str(error)))
+
+    # A token, shown once, with a line to try it.
+    page.goto("/admin/hooks/hooktoken/add/")
+    page.get_by_label("Name").fill("laptop")
+    page.get_by_role("button", name="Save", exact=True).click()
+    token = page.locator("#secret").inner_text()
+    assert token.startswith("och_")
+    expect(page.get_by_text(f"Authorization: Bearer {token}")).to_be_visible()
+    screenshot("token")
+
+    # A mapping in two clicks: the preset, and Save. Its secret is made with it.
+    page.goto("/admin/hooks/hookmapping/")
+    page.get_by_role("link", name="Add from preset").click()
+    screenshot("presets")
+    page.get_by_role("link", name="GitHub", exact=True).click()
+    expect(page.get_by_text(f"{live_gateway.url}/hooks/github")).to_be_visible()
+    screenshot("mapping")
+    page.get_by_role("button", name="Save", exact=True).click()
+    secret = page.locator("#secret").inner_text()
+    screenshot("secret")
+
+    # What it would make of the sample, step by step.
+    page.get_by_role("link", name="I have copied it").click()
+    page.get_by_role("link", name="GitHub", exact=True).click()
+    page.get_by_role("link", name="Simulate").click()
+    page.get_by_role("button", name="Simulate").click()
+    expect(page.locator("#answer")).to_contain_text("200 OK")
+    expect(page.get_by_text("agent:main:hook:github").first).to_be_visible()
+    screenshot("simulation")
+    assert live_gateway.events() == 0
+
+    # For real, as the sender does it: once signed, once with the token.
+    body = (
+        '{"action": "opened", "repository": {"full_name": "octo/app"}, "sender": {"login": "al"}}'
+    )
+    signing = subprocess.run(
+        ["openssl", "dgst", "-sha256", "-hmac", secret],
+        input=body.encode(),
+        capture_output=True,
+        check=True,
+    )
+    signature = signing.stdout.decode().split()[-1]
+
+    def curl(*headers: str) -> str:
+        options = [part for header in headers for part in ("-H", header)]
+        address = f"{live_gateway.url}/hooks/github"
+        return subprocess.run(
+            ["curl", "-s", *options, "-d", body, address],
+            capture_output=True,
+            text=True,
+            check=True,
+        ).stdout
+
+    event = "X-GitHub-Event: issues"
+    assert '"eventOutcome":"queued"' in curl(event, f"X-Hub-Signature-256: sha256={signature}")
+    assert '"eventOutcome":"coalesced"' in curl(event, f"Authorization: Bearer {token}")
+    assert curl(event, f"X-Hub-Signature-256: sha256={signature[::-1]}") == "Unauthorized\n"
+
+    # Both are on record. The first one is sent again.
+    page.goto("/admin/hooks/hookdelivery/")
+    expect(page.get_by_text("signature of GitHub")).to_be_visible()
+    expect(page.get_by_text("token laptop")).to_be_visible()
+    screenshot("deliveries")
+    page.locator("#result_list tbody tr").last.get_by_role("link").first.click()
+    expect(page.get_by_text("issues opened in octo/app by al").first).to_be_visible()
+    page.get_by_role("button", name="Replay").click()
+    expect(page.get_by_text("1 coalesced")).to_be_visible()
+    screenshot("delivery")
+    assert live_gateway.events() == 1
+    assert problems == []

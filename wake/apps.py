@@ -11,7 +11,7 @@ class WakeConfig(AppConfig):
     verbose_name = "Wake gateway"
 
     def ready(self) -> None:
-        from wake import configuration
+        from wake import checks, configuration  # noqa: F401 - importing registers the checks
         from wake.models import Agent, GatewaySettings
 
         def forget(**_: Any) -> None:

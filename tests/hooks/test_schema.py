@@ -276,3 +276,16 @@ def test_the_page_is_made_of_files_of_this_site_without_inline_scripts(client: C
     assert re.findall(r"<script(?![^>]* src=)", page) == []
     assert "script-src 'self';" in answer["Content-Security-Policy"]
     assert "default-src 'none'" in answer["Content-Security-Policy"]
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    "page", ["/api/", "/api/schema/", "/api/schema/?version=%0D%0AX:1", "/api/schema/?lang=%FF./"]
+)
+@pytest.mark.parametrize("method", ["GET", "HEAD", "OPTIONS", "POST"])
+@pytest.mark.parametrize("accepted", ["*/*", "text/html", "image/png"])
+def test_no_request_for_a_page_is_a_defect(
+    client: Client, page: str, method: str, accepted: str
+) -> None:
+    answer = client.generic(method, page, headers={"Accept": accepted})
+    assert answer.status_code in {200, 405, 406}
