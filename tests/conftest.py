@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 from django.conf import settings
+from django.contrib.auth.models import User
 from django.db import connection
+from django.test import Client
 from pytest_django import DjangoDbBlocker
 
 from hooks import authentication
 from hooks import configuration as hooks_configuration
+from tests.admin_browser import signed_in, viewing_user
 from tests.live import LiveGateway
 from wake import configuration
 
@@ -53,3 +56,15 @@ def live_gateway(tmp_path: Path) -> Iterator[LiveGateway]:
     """A real gateway process on a database of its own; stopped at the end."""
     with LiveGateway(tmp_path) as gateway:
         yield gateway
+
+
+@pytest.fixture
+def admin_client(db: None) -> Client:
+    """A browser of a superuser."""
+    return signed_in(User.objects.create_superuser("admin"))
+
+
+@pytest.fixture
+def viewer(db: None) -> Client:
+    """A browser of somebody who may look at everything and change nothing."""
+    return signed_in(viewing_user())

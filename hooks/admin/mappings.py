@@ -62,7 +62,16 @@ def reordered(present: Sequence[int], wanted: Sequence[int]) -> list[int]:
 @admin.register(HookMapping)
 class HookMappingAdmin(Page):
     form = MappingForm
-    list_display = ("name", "enabled", "path", "signature", "does", "key", "agent_link")
+    list_display = (
+        "name",
+        "enabled",
+        "path",
+        "signature",
+        "does",
+        "key",
+        "agent_link",
+        "position",
+    )
     list_display_links = ("name",)
     list_filter = ("enabled", "action")
     search_fields = ("name", "match_path", "session_key")
@@ -70,6 +79,7 @@ class HookMappingAdmin(Page):
     ordering = ("position", "pk")
     # The list is shown in the order that counts, and in no other: it is dragged into shape.
     ordering_field = "position"
+    list_editable = ("position",)
     hide_ordering_field = True
     sortable_by = ("position",)
     list_per_page = 200

@@ -21,7 +21,6 @@ from tests.admin_browser import (
     page,
     said,
     signed_in,
-    viewing_user,
 )
 from wake.configuration import AgentConfiguration, GatewayConfiguration
 from wake.models import Agent
@@ -30,18 +29,6 @@ pytestmark = pytest.mark.django_db
 
 GATEWAY = GatewayConfiguration({"main": AgentConfiguration("main")})
 POLICY = "/admin/hooks/hookpolicy/1/change/"
-
-
-@pytest.fixture
-def admin_client(db: None) -> Client:
-    """A browser of a superuser."""
-    return signed_in(User.objects.create_superuser("admin"))
-
-
-@pytest.fixture
-def viewer(db: None) -> Client:
-    """A browser of somebody who may look at everything and change nothing."""
-    return signed_in(viewing_user())
 
 
 # --- The policy ---------------------------------------------------------------------------------

@@ -11,7 +11,6 @@ from uuid import UUID, uuid4
 
 import pytest
 from django.contrib.admin.models import LogEntry
-from django.contrib.auth.models import User
 from django.test import Client
 from django.urls import reverse
 from django.utils import timezone
@@ -21,25 +20,13 @@ from hypothesis import strategies as st
 from hooks import configuration, throttling, tokens
 from hooks.admin.deliveries import SHOWN_CHARACTERS, body_in_words, event_ids, visible
 from hooks.models import FailedCredentials, HookDelivery, HookMapping, KeepBodies
-from tests.admin_browser import page, said, signed_in, viewing_user
+from tests.admin_browser import page, said
 from tests.hooks.conftest import Send, rows, set_policy
 from wake.models import SystemEvent
 
 pytestmark = pytest.mark.django_db
 
 LIST = "hooks_hookdelivery_changelist"
-
-
-@pytest.fixture
-def admin_client(db: None) -> Client:
-    """A browser of a superuser."""
-    return signed_in(User.objects.create_superuser("admin"))
-
-
-@pytest.fixture
-def viewer(db: None) -> Client:
-    """A browser of somebody who may look at everything and change nothing."""
-    return signed_in(viewing_user())
 
 
 def deliver(send: Send, body: Any, path: str = "wake", **values: Any) -> HookDelivery:

@@ -26,7 +26,6 @@ from tests.admin_browser import (
     page,
     said,
     signed_in,
-    viewing_user,
 )
 from tests.hooks.conftest import allow_keys
 
@@ -37,18 +36,6 @@ LIST = "/admin/hooks/hookmapping/"
 CHECK = "/admin/hooks/hookmapping/check/"
 OLD = "the-old-secret-of-this-mapping"
 TYPED = "another-secret-that-was-typed"
-
-
-@pytest.fixture
-def admin_client(db: None) -> Client:
-    """A browser of a superuser."""
-    return signed_in(User.objects.create_superuser("admin"))
-
-
-@pytest.fixture
-def viewer(db: None) -> Client:
-    """A browser of somebody who may look at everything and change nothing."""
-    return signed_in(viewing_user())
 
 
 def mapping_form(**changes: str) -> dict[str, str]:

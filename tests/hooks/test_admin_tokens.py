@@ -32,12 +32,6 @@ pytestmark = pytest.mark.django_db
 ADD = "/admin/hooks/hooktoken/add/"
 
 
-@pytest.fixture
-def admin_client(db: None) -> Client:
-    """A browser of a superuser."""
-    return signed_in(User.objects.create_superuser("admin"))
-
-
 def mapping(name: str, **values: Any) -> HookMapping:
     given = {"match_path": name, "text_template": "{{id}}", **values}
     return HookMapping.objects.create(name=name, **given)

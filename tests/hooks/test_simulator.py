@@ -32,12 +32,6 @@ pytestmark = pytest.mark.django_db
 SIMULATOR = "/admin/hooks/simulator/"
 
 
-@pytest.fixture
-def admin_client(db: None) -> Client:
-    """A browser of a superuser."""
-    return signed_in(User.objects.create_superuser("admin"))
-
-
 def with_permissions(*codenames: str) -> Client:
     user = User.objects.create_user("somebody", is_staff=True)
     user.user_permissions.set(Permission.objects.filter(codename__in=codenames))

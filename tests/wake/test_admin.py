@@ -22,7 +22,6 @@ from tests.admin_browser import (
     page,
     said,
     signed_in,
-    viewing_user,
 )
 from wake import configuration, dispatch, queue, tokens
 from wake.dispatch import Mode, WakeRequest
@@ -46,18 +45,6 @@ LEASE = timedelta(seconds=15)
 HOSTILE = "<script>alert('pwned')</script>"
 # What is safe to find in a page: the hostile text after escaping.
 ESCAPED = "&lt;script&gt;"
-
-
-@pytest.fixture
-def admin_client(db: None) -> Client:
-    """A browser of a superuser."""
-    return signed_in(User.objects.create_superuser("admin"))
-
-
-@pytest.fixture
-def viewer(db: None) -> Client:
-    """A browser of somebody who may look at everything and change nothing."""
-    return signed_in(viewing_user())
 
 
 def act(client: Client, model: str, action: str, *keys: Any, **data: Any) -> Response:

@@ -18,10 +18,10 @@ from django.utils import timezone
 
 from hooks import configuration, trials
 from hooks.configuration import HookConfiguration
-from hooks.management.terminal import one_line, printable, show
 from hooks.models import HookPolicy
 from hooks.simulation import Simulation, Trial, simulate
 from wake import configuration as wake_configuration
+from wake.management.terminal import one_line, printable, show
 
 STANDARD_INPUT: Final = "-"
 MARKS: Final = {"good": "+", "bad": "!", "plain": " "}

@@ -14,9 +14,9 @@ from django.utils import timezone
 
 from hooks import curl, tokens
 from hooks.configuration import ENVIRONMENT_TOKEN
-from hooks.management.terminal import one_line, printable, show, text
 from hooks.models import HookMapping, HookPolicy, HookToken
 from wake.durations import format_duration, parse_duration
+from wake.management.terminal import one_line, printable, show, text
 from wake.tokens import is_usable
 
 _COLUMNS = ("NAME", "STARTS WITH", "STATE", "OPENS", "CREATED", "EXPIRES", "LAST USED")

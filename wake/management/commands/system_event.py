@@ -12,6 +12,8 @@ from typing import Any, Final
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
 
+from wake.management.terminal import one_line, printable
+
 # What is not needed by every call is imported where it is: the command is to start fast.
 
 SOURCE: Final = "cli"
@@ -75,7 +77,7 @@ class Command(BaseCommand):
             receipt = _send(url, token, event, session_key, agent, mode)
         else:
             receipt = _store(event, session_key, agent, mode)
-        self._print(_printable(_as_json(receipt) if json else _as_line(receipt)))
+        self._print(printable(_as_json(receipt) if json else _as_line(receipt)))
 
     def _print(self, line: str) -> None:
         """Print the receipt. The event is stored: that nobody reads the line is no failure."""
@@ -100,7 +102,7 @@ def _text(written: str) -> str:
     try:
         return clean_text(written)
     except TextError as error:
-        raise CommandError(_one_line(str(error))) from error
+        raise CommandError(one_line(str(error))) from error
 
 
 def _store(text: str, session_key: str | None, agent: str | None, mode: str) -> Any:
@@ -111,9 +113,9 @@ def _store(text: str, session_key: str | None, agent: str | None, mode: str) -> 
         request = WakeRequest(text, SOURCE, Mode(mode), session_key, agent)
         return dispatch(request).as_json()
     except StorageUnavailable as error:
-        raise CommandError(_one_line(f"{error}: {_storage_problem(error.__cause__)}")) from error
+        raise CommandError(one_line(f"{error}: {_storage_problem(error.__cause__)}")) from error
     except WakeError as error:
-        raise CommandError(_one_line(str(error))) from error
+        raise CommandError(one_line(str(error))) from error
 
 
 def _storage_problem(cause: BaseException | None) -> str:
@@ -143,9 +145,9 @@ def _send(
         with connect(url, token, scopes=("operator.write",)) as gateway:
             receipt = gateway.call("wake", params)
     except GatewayClientError as error:
-        raise CommandError(_one_line(str(error))) from error
+        raise CommandError(one_line(str(error))) from error
     if isinstance(receipt, dict) and receipt.get("ok") is False:
-        raise CommandError(_one_line(str(receipt.get("error") or "the gateway refused")))
+        raise CommandError(one_line(str(receipt.get("error") or "the gateway refused")))
     return receipt
 
 
@@ -159,17 +161,3 @@ def _as_line(receipt: Any) -> str:
         return "accepted"
     outcome, event_id = receipt.get("eventOutcome", "accepted"), receipt.get("eventId", "")
     return f"{outcome} {event_id} for {receipt['sessionKey']} ({receipt.get('mode')})"
-
-
-def _one_line(text: str) -> str:
-    return _printable(" ".join(text.split()))
-
-
-def _printable(text: str) -> str:
-    """Return text that any terminal shows as it is: a remote gateway's words are not trusted."""
-    encoding = getattr(sys.stdout, "encoding", None) or "utf-8"
-    shown = "".join(
-        character if character.isprintable() else character.encode("unicode_escape").decode()
-        for character in text
-    )
-    return shown.encode(encoding, "backslashreplace").decode(encoding)
