@@ -5,6 +5,7 @@ from typing import Any
 
 from django.apps import AppConfig
 from django.conf import settings
+from django.core.exceptions import ImproperlyConfigured
 from django.db.models.signals import m2m_changed, post_delete, post_migrate, post_save
 
 
@@ -18,7 +19,12 @@ class HooksConfig(AppConfig):
         from hooks.models import AllowedSessionPrefix, HookMapping, HookPolicy, HookToken
 
         for module in settings.HOOK_TRANSFORMS:
-            import_module(module)
+            try:
+                import_module(module)
+            except Exception as error:
+                raise ImproperlyConfigured(
+                    f"HOOK_TRANSFORMS: cannot import {module}: {type(error).__name__}: {error}"
+                ) from error
 
         def forget(**_: Any) -> None:
             configuration.hooks.forget()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from datetime import datetime
+from functools import partial
 
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication
@@ -31,16 +32,18 @@ class HookAuthentication(BaseAuthentication):
 
     def authenticate(self, request: Request) -> tuple[None, Credential]:
         snapshot, now = hooks(), timezone.now()
-        headers = lower_case_headers(request)
-        if token := credentials.usable_token(snapshot, headers, now):
-            return None, credentials.of_token(token)
         path = request.parser_context["kwargs"]["path"]
-        signed = [mapping for mapping in on_path(snapshot.mappings, path) if mapping.signature]
-        if signed:
-            body = read_body(request, snapshot.max_body_bytes)
-            if credential := credentials.of_signature(signed, headers, body, now):
-                return None, credential
-        raise AuthenticationFailed
+        credential = credentials.find(
+            snapshot,
+            path,
+            on_path(snapshot.mappings, path),
+            lower_case_headers(request),
+            partial(read_body, request, snapshot.max_body_bytes),
+            now,
+        )
+        if credential is None:
+            raise AuthenticationFailed
+        return None, credential
 
     def authenticate_header(self, request: Request) -> str:
         return "Bearer"

@@ -5,19 +5,31 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
+from enum import StrEnum
+from functools import lru_cache
 from types import MappingProxyType
-from typing import Final
+from typing import Final, TypeVar
 
 from django.conf import settings
+from django.db.models import TextChoices
 
 from hooks import transforms
-from hooks.models import AllowedSessionPrefix, HookMapping, HookPolicy, HookToken, KeepBodies
+from hooks.models import (
+    AllowedSessionPrefix,
+    HookMapping,
+    HookPolicy,
+    HookToken,
+    KeepBodies,
+    SignatureScheme,
+)
 from hooks.signatures import SignatureConfiguration
 from hooks.template import EMPTY, Template, TemplateError
 from hooks.transforms import Transform
 from wake.configuration import Snapshot
 from wake.dispatch import Mode
 from wake.tokens import digest
+
+Choice = TypeVar("Choice", bound=StrEnum | TextChoices)
 
 ENVIRONMENT_TOKEN: Final = "OPENCLAW_HOOKS_TOKEN"  # noqa: S105 - the name of a setting
 
@@ -65,7 +77,8 @@ class HookConfiguration:
     """Policy, tokens by digest, and the enabled mappings in their order.
 
     `prefixes` are in lower case; `base_path` starts with a slash and ends without one; no
-    `allowed_agents` means that hooks reach all of them.
+    `allowed_agents` means that hooks reach all of them. `signature_headers` are those of every
+    mapping, enabled or not, in lower case: they prove who sent a request, whatever they are called.
     """
 
     enabled: bool = True
@@ -76,6 +89,7 @@ class HookConfiguration:
     default_session_key: str = ""
     allowed_agents: frozenset[str] = frozenset()
     keep_bodies: KeepBodies = KeepBodies.ALWAYS
+    signature_headers: frozenset[str] = frozenset()
     tokens: Mapping[str, TokenConfiguration] = field(default_factory=dict, repr=False)
     mappings: tuple[MappingConfiguration, ...] = ()
 
@@ -92,6 +106,7 @@ class HookConfiguration:
 def read() -> HookConfiguration:
     """Read the configuration from the database."""
     policy = HookPolicy.objects.first() or HookPolicy.ensure()
+    mappings = list(HookMapping.objects.all())
     return HookConfiguration(
         enabled=policy.enabled,
         base_path=policy.base_path,
@@ -103,10 +118,25 @@ def read() -> HookConfiguration:
         ),
         default_session_key=policy.default_session_key.strip(),
         allowed_agents=frozenset(policy.allowed_agents.values_list("pk", flat=True)),
-        keep_bodies=KeepBodies(policy.keep_bodies),
+        keep_bodies=_known(KeepBodies, policy.keep_bodies, KeepBodies.NEVER),
+        signature_headers=frozenset(
+            mapping.signature_header.lower() for mapping in mappings if mapping.signature_header
+        ),
         tokens=MappingProxyType(_tokens()),
-        mappings=tuple(frozen(mapping) for mapping in HookMapping.objects.filter(enabled=True)),
+        mappings=tuple(frozen(mapping) for mapping in mappings if mapping.enabled),
     )
+
+
+def _known(kind: type[Choice], stored: str, otherwise: Choice) -> Choice:
+    """Return a stored choice; one that does not exist here (yet, or any more) is another one."""
+    try:
+        return kind(stored)
+    except ValueError:
+        return otherwise
+
+
+# It is all read several times a second.
+_template = lru_cache(maxsize=2048)(Template.parse)
 
 
 def _tokens() -> dict[str, TokenConfiguration]:
@@ -126,25 +156,35 @@ def _tokens() -> dict[str, TokenConfiguration]:
 
 
 def frozen(mapping: HookMapping) -> MappingConfiguration:
-    """Return a mapping as decisions see it; it need not be stored (its id is then 0)."""
+    """Return a mapping as decisions see it; it need not be stored (its id is then 0).
+
+    Never raises: what is wrong with it is its fault, and the others work on.
+    """
     text = session_key = EMPTY
     transform = transforms.find(mapping.transform)
     fault = ""
     try:
-        session_key = Template.parse(mapping.session_key)
-        text = Template.parse(mapping.text_template)
+        session_key = _template(mapping.session_key)
+        text = _template(mapping.text_template)
     except TemplateError as error:
         fault = str(error)
     if mapping.transform and transform is None:
         fault = f'no transform is registered as "{mapping.transform}"'
+    for kind, stored in (
+        (HookMapping.Action, mapping.action),
+        (Mode, mapping.mode),
+        (SignatureScheme, mapping.signature_scheme),
+    ):
+        if stored not in set(kind):
+            fault = f'"{stored}" is not known here'
     return MappingConfiguration(
         id=mapping.pk or 0,
         name=mapping.name,
         path=mapping.match_path.strip("/"),
         source=mapping.match_source,
         signature=_signature(mapping),
-        action=HookMapping.Action(mapping.action),
-        mode=Mode(mapping.mode),
+        action=_known(HookMapping.Action, mapping.action, HookMapping.Action.WAKE),
+        mode=_known(Mode, mapping.mode, Mode.NOW),
         agent_id=mapping.agent_id,
         session_key=session_key,
         for_each=mapping.for_each,
@@ -157,7 +197,7 @@ def frozen(mapping: HookMapping) -> MappingConfiguration:
 
 
 def _signature(mapping: HookMapping) -> SignatureConfiguration | None:
-    if not mapping.signature_scheme:
+    if mapping.signature_scheme not in set(SignatureScheme) - {SignatureScheme.NONE}:
         return None
     # One that cannot be read any more (another SECRET_KEY) is empty: it opens nothing.
     secrets = (mapping.signing_secret, mapping.previous_signing_secret)

@@ -6,13 +6,14 @@ mappings; to it the others do not exist.
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Final
 
 from hooks.configuration import HookConfiguration, MappingConfiguration, TokenConfiguration
 from hooks.errors import CredentialInQuery
+from hooks.models import ENDPOINTS
 from hooks.signatures import is_signed
 from wake.tokens import digest
 
@@ -25,22 +26,23 @@ class Credential:
 
     `name` is for people. `key` tells it from all others. `mappings` are the ids of the mappings
     that it opens; None for every hook, the endpoints `wake` and `agent` included. `token_id` is
-    the row of a token that is stored.
+    the row of a token that is stored, `scheme` that of a signature.
     """
 
     name: str
     key: str
     mappings: frozenset[int] | None = None
     token_id: int | None = None
+    scheme: str = ""
 
     def opens(self, mapping: MappingConfiguration) -> bool:
         """Whether the credential may use this mapping."""
         return self.mappings is None or mapping.id in self.mappings
 
 
-def refuse_in_query(query: Container[str]) -> None:
+def refuse_in_query(query: Iterable[str]) -> None:
     """Raise CredentialInQuery for a token in the URL, where logs and proxies would keep it."""
-    if "token" in query:
+    if any(name.lower() == "token" for name in query):
         raise CredentialInQuery(
             "a token in the URL is not accepted; send it as Authorization: Bearer TOKEN"
         )
@@ -55,18 +57,41 @@ def shown_tokens(headers: Mapping[str, str]) -> Iterator[str]:
         yield token
 
 
-def usable_token(
+def find(
+    hooks: HookConfiguration,
+    path: str,
+    on_path: Sequence[MappingConfiguration],
+    headers: Mapping[str, str],
+    read_body: Callable[[], bytes],
+    now: datetime,
+) -> Credential | None:
+    """Return the right credential that a request shows, or None.
+
+    `on_path` are the mappings on the request's path. Of several, such as a limited token beside a
+    signature, it is one that opens something there, if there is one. The body is asked for only
+    where a signature may have to do. Raises what `read_body` raises.
+    """
+    opening = [mapping for mapping in on_path if path not in ENDPOINTS]
+    right = [of_token(token) for token in usable_tokens(hooks, headers, now)]
+    for credential in right:
+        if credential.mappings is None or any(map(credential.opens, opening)):
+            return credential
+    signed = [mapping for mapping in opening if mapping.signature]
+    by_signature = of_signature(signed, headers, read_body(), now) if signed else None
+    return by_signature or next(iter(right), None)
+
+
+def usable_tokens(
     hooks: HookConfiguration, headers: Mapping[str, str], now: datetime
-) -> TokenConfiguration | None:
-    """Return the first token that a request shows and that is valid, or None.
+) -> Iterator[TokenConfiguration]:
+    """Yield the tokens that a request shows and that are valid.
 
     Looking a hash up tells nothing about how much of a wrong token was right.
     """
     for shown in shown_tokens(headers):
         token = hooks.tokens.get(digest(shown))
         if token and (token.expires_at is None or token.expires_at > now):
-            return token
-    return None
+            yield token
 
 
 def of_token(token: TokenConfiguration) -> Credential:
@@ -97,4 +122,5 @@ def of_signature(
         f"signature of {signed[0].name}",
         f"mapping:{signed[0].id}",
         frozenset(mapping.id for mapping in signed),
+        scheme=signed[0].signature.scheme if signed[0].signature else "",
     )

@@ -24,7 +24,7 @@ from hooks.credentials import Credential
 from hooks.decisions import Decision, Matched, Step, decide, require_hook
 from hooks.errors import NotAuthorized
 from hooks.models import DeliveryOutcome, HookDelivery, KeepBodies
-from hooks.template import HookRequest, visible_headers
+from hooks.template import HookRequest, carries_credential, visible_headers
 from wake import configuration
 from wake.configuration import GatewayConfiguration
 from wake.dispatch import Receipt, WakeRequest, dispatch_batch
@@ -59,14 +59,14 @@ class Arrival:
     uid: UUID = field(default_factory=uuid7)
     began: float = field(default_factory=time.monotonic)
 
-    def request(self, payload: Any) -> HookRequest:
+    def request(self, payload: Any, snapshot: HookConfiguration) -> HookRequest:
         """Return what decisions see of it, with its body decoded."""
         return HookRequest(
             path=self.path,
             payload=payload,
             now=self.received_at,
             uid=self.uid,
-            headers=visible_headers(self.headers),
+            headers=visible_headers(self.headers, snapshot.signature_headers),
             query=self.query,
         )
 
@@ -117,12 +117,14 @@ def _answer(
 
     digest = None
     # A person who sends a delivery again wants it done again.
-    if arrival.replay_of is None and (key := idempotency.key_of(arrival.headers, payload)):
+    if arrival.replay_of is None and (
+        key := idempotency.key_of(arrival.headers, payload, arrival.credential.scheme)
+    ):
         draft.idempotency_key = _storable(key)[:200]
         digest = idempotency.digest_of(arrival.credential.key, arrival.path, key)
     try:
         decision = decide(
-            arrival.request(payload), arrival.credential, snapshot, gateway, watch=watch
+            arrival.request(payload, snapshot), arrival.credential, snapshot, gateway, watch=watch
         )
     except NotAuthorized:
         raise
@@ -201,8 +203,11 @@ def _complete(
     if kept and arrival.fault is None:
         draft.has_body = True
         draft.body = arrival.body
-        draft.headers = _storable_all(visible_headers(arrival.headers))
-        draft.query = _storable_all(arrival.query)
+        visible = visible_headers(arrival.headers, snapshot.signature_headers)
+        draft.headers = _storable_all(visible)
+        draft.query = _storable_all(
+            {name: value for name, value in arrival.query.items() if not carries_credential(name)}
+        )
 
 
 def record(delivery: HookDelivery) -> None:

@@ -121,6 +121,11 @@ def write(
         text = fields["text"] if "text" in fields else mapping.text.render(request)
         if "session_key" in fields:
             key, origin = fields["session_key"].strip(), KeyOrigin.TRANSFORM
+            if not key:  # as of a template: never the main session by accident
+                raise MappingError(
+                    f'hook mapping "{mapping.name}" requires a value for its session key: its '
+                    "transform left it empty"
+                )
         else:
             key, origin = _session_key(mapping, request)
     except RecursionError as error:

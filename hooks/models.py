@@ -87,12 +87,12 @@ class HookPolicy(models.Model):
     keep_deliveries_days = models.PositiveIntegerField(
         default=30,
         validators=[MinValueValidator(1), MaxValueValidator(3660)],
-        help_text="Older deliveries are removed by manage.py prune.",
+        help_text="Older deliveries are removed, once an hour.",
     )
     keep_deliveries_count = models.PositiveIntegerField(
         default=100_000,
         validators=[MinValueValidator(1)],
-        help_text="Of more deliveries the oldest are removed by manage.py prune.",
+        help_text="Of more deliveries the oldest are removed, once an hour.",
     )
 
     class Meta:
@@ -111,10 +111,11 @@ class HookPolicy(models.Model):
                 {"base_path": f"/{first} belongs to another part of this site; use another path."}
             )
         self.default_session_key = self.default_session_key.strip()
+        # A key that names an agent is meant for the requests that select it.
+        head, _, rest = self.default_session_key.partition(":")
+        named = rest.partition(":")[0] if head.lower() == "agent" else ""
         try:
-            # Of an agent that is selected later: a key that names one is checked when it is used.
-            if not self.default_session_key.lower().startswith("agent:"):
-                dispatch.resolve_session(self.default_session_key, None, configuration.gateway())
+            dispatch.resolve_session(self.default_session_key, named, configuration.gateway())
         except WakeError as error:
             raise ValidationError({"default_session_key": str(error)}) from error
 
@@ -157,6 +158,7 @@ class HookToken(HashedToken):
     # that it was limited to is deleted.
     limited = models.BooleanField(
         default=False,
+        db_default=False,
         verbose_name="only for some mappings",
         help_text="On: the token opens the mappings chosen below and nothing else, neither "
         "/hooks/wake nor /hooks/agent.",

@@ -39,7 +39,9 @@ def kinds(now: datetime, days: int | None = None) -> Iterator[Kind]:
 def _deliveries(now: datetime, days: int | None) -> QuerySet[HookDelivery]:
     policy = HookPolicy.ensure()
     before = now - timedelta(days=days or policy.keep_deliveries_days)
-    newest = HookDelivery.objects.order_by("-received_at").values_list("received_at", flat=True)
+    # Those of the future come from a clock that was wrong, and take nobody's place.
+    present = HookDelivery.objects.filter(received_at__lte=now)
+    newest = present.order_by("-received_at").values_list("received_at", flat=True)
     oldest_kept = newest[policy.keep_deliveries_count - 1 : policy.keep_deliveries_count].first()
     if oldest_kept is not None:
         before = max(before, oldest_kept)

@@ -110,14 +110,14 @@ def _walk(
         raise BodyTooLarge(hooks.max_body_bytes)
     payload = decode_json(trial.body)
     teller.tell("Body", f"{len(trial.body):,} bytes of JSON", "good")
-    if key := idempotency.key_of(trial.headers, payload):
+    if key := idempotency.key_of(trial.headers, payload, credential.scheme):
         teller.tell("Idempotency key", f"{key}: the same again within 24 hours is not stored twice")
     request = HookRequest(
         path=trial.path,
         payload=payload,
         now=now,
         uid=uuid4(),
-        headers=visible_headers(trial.headers),
+        headers=visible_headers(trial.headers, hooks.signature_headers),
         query=trial.query,
     )
     teller.mappings(request, credential)
@@ -154,10 +154,10 @@ class _Teller:
         if trial.credential:
             self.tell("Credential", f"taken for granted: {trial.credential.name}")
             return trial.credential
-        token = credentials.usable_token(self._hooks, trial.headers, now)
         on_path = mapping.on_path(self._hooks.mappings, trial.path)
-        signed = credentials.of_signature(on_path, trial.headers, trial.body, now)
-        found = credentials.of_token(token) if token else signed
+        found = credentials.find(
+            self._hooks, trial.path, on_path, trial.headers, lambda: trial.body, now
+        )
         if found:
             self.tell("Credential", f"right: {found.name}", "good")
             return found

@@ -19,7 +19,7 @@ as they are; all else as JSON writes it, without spaces. Nothing here touches Dj
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
@@ -27,10 +27,12 @@ from uuid import UUID
 
 import msgspec
 
-# A header whose name says that it proves who sent the request: an event's text is read by an
-# agent, which is no place for a secret.
-_CREDENTIAL_HEADER = re.compile(
-    "authorization|cookie|token|secret|signature|password|api-?key", re.IGNORECASE
+# A header or parameter whose name says that it proves who sent the request: an event's text is
+# read by an agent, which is no place for a secret.
+_CREDENTIAL_NAME = re.compile(
+    "authorization|cookie|token|secret|signature|passw|credential|hmac|digest|jwt|assertion|oidc"
+    "|^x-auth|api-?key|(?<!idempotency)-key$",
+    re.IGNORECASE,
 )
 
 _NAME = r"[\w$@:/-]+"
@@ -67,13 +69,23 @@ class HookRequest:
     query: Mapping[str, str] = field(default_factory=dict)
 
 
-def visible_headers(headers: Mapping[str, str]) -> dict[str, str]:
-    """Return headers by lower-case name, without those that carry a credential."""
+def visible_headers(
+    headers: Mapping[str, str], hidden: Collection[str] = frozenset()
+) -> dict[str, str]:
+    """Return headers by lower-case name, without those that carry a credential.
+
+    Which do is told by their names; `hidden` are further ones, in lower case.
+    """
     return {
         name.lower(): value
         for name, value in headers.items()
-        if not _CREDENTIAL_HEADER.search(name)
+        if not carries_credential(name) and name.lower() not in hidden
     }
+
+
+def carries_credential(name: str) -> bool:
+    """Whether the name of a header or parameter says that it proves who sent the request."""
+    return bool(_CREDENTIAL_NAME.search(name))
 
 
 @dataclass(frozen=True, slots=True)

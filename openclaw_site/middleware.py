@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from django.core.exceptions import SuspiciousOperation
 from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest
 
 NUL = "\0"
@@ -29,4 +30,7 @@ def refuse_nul(
 def _query_values(request: HttpRequest) -> list[str]:
     if "%00" not in request.META.get("QUERY_STRING", ""):
         return []
-    return [value for _, values in request.GET.lists() for value in values]
+    try:
+        return [value for _, values in request.GET.lists() for value in values]
+    except SuspiciousOperation:  # more parameters than a URL may have
+        return [NUL]

@@ -148,8 +148,14 @@ def keep_fresh() -> Iterator[None]:
             if _asked.wait(MAX_AGE_SECONDS / 2):
                 _asked.clear()
                 seen = None
-            with contextlib.suppress(DatabaseError):
+            try:
                 seen = on_kept_connection(_freshen, seen)
+            except DatabaseError:
+                seen = None
+            except Exception:
+                # This thread never ends: without it, old values would stay in force for ever.
+                logger.exception("configuration: it cannot be read; the last one stays in force")
+                seen = None
         connections.close_all()
 
     thread = threading.Thread(target=serve, name="configuration", daemon=True)
@@ -266,7 +272,8 @@ def _frozen(agent: Agent) -> AgentConfiguration:
         paused=agent.paused,
         heartbeat_every=agent.heartbeat_every,
         heartbeat_prompt=agent.heartbeat_prompt,
-        runner=RunnerKind(agent.runner),
+        # A kind that does not exist here (yet, or any more) reaches nobody: events wait.
+        runner=RunnerKind(agent.runner) if agent.runner in RunnerKind else RunnerKind.NONE,
         command=tuple(agent.command),
         url=agent.url,
         signing_secret=agent.signing_secret,

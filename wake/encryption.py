@@ -31,6 +31,17 @@ def _current_cipher() -> MultiFernet:
     return _cipher((settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS))
 
 
+# The configuration is read several times a second, and its secrets with it.
+@lru_cache(maxsize=4096)
+def _decrypted(value: str, keys: tuple[str, ...]) -> str:
+    from cryptography.fernet import InvalidToken
+
+    try:
+        return _cipher(keys).decrypt(value.encode()).decode()
+    except InvalidToken:
+        return ""
+
+
 class EncryptedTextField(models.TextField):  # type: ignore[type-arg]
     """A text that the database only sees encrypted; an empty one is stored empty.
 
@@ -45,9 +56,4 @@ class EncryptedTextField(models.TextField):  # type: ignore[type-arg]
     def from_db_value(self, value: str | None, *_: Any) -> str | None:
         if not value:
             return value
-        from cryptography.fernet import InvalidToken
-
-        try:
-            return _current_cipher().decrypt(value.encode()).decode()
-        except InvalidToken:
-            return ""
+        return _decrypted(value, (settings.SECRET_KEY, *settings.SECRET_KEY_FALLBACKS))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any, Final
 
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
@@ -9,16 +10,41 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 MAX_HEAD_BYTES: Final = 64 * 1024
 
 
-class BoundedHeadProtocol(HttpToolsProtocol):
-    """HTTP/1.1 whose request line and headers may take 64 KiB; more is answered 400 and closed.
+# A request's head must be complete so many seconds after it, or its connection, has begun.
+HEAD_SECONDS: Final = 30
 
-    The parser has no limit of its own, and takes ever longer over a head that does not end.
+
+class BoundedHeadProtocol(HttpToolsProtocol):
+    """HTTP/1.1 whose request line and headers may take 64 KiB, and 30 s.
+
+    A larger head is answered 400 and closed, a slower one is closed. The parser has no limit of
+    its own, and takes ever longer over a head that does not end. Only GET becomes a WebSocket.
     """
+
+    head_seconds: float = HEAD_SECONDS
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_in_head = False
         self._head_bytes = 0
+        self._head_timer: asyncio.TimerHandle | None = None
+
+    def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
+        super().connection_made(transport)
+        self._await_head()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._has_head()
+        super().connection_lost(exc)
+
+    def _await_head(self) -> None:
+        if self._head_timer is None:
+            self._head_timer = self.loop.call_later(self.head_seconds, self.transport.close)
+
+    def _has_head(self) -> None:
+        if self._head_timer:
+            self._head_timer.cancel()
+            self._head_timer = None
 
     def data_received(self, data: bytes) -> None:
         if self._is_in_head:
@@ -31,8 +57,19 @@ class BoundedHeadProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._is_in_head = True
         self._head_bytes = 0
+        self._await_head()
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
+        self._has_head()
+        if self.parser.should_upgrade() and super()._should_upgrade() and not self._is_get():
+            self.send_400_response("Only GET can be upgraded to a WebSocket.")
+            return
         super().on_headers_complete()
+
+    def _should_upgrade(self) -> bool:
+        return super()._should_upgrade() and self._is_get()
+
+    def _is_get(self) -> bool:
+        return bool(self.parser.get_method() == b"GET")

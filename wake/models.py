@@ -169,8 +169,8 @@ class GatewaySettings(models.Model):
     keep_settled_days = models.PositiveIntegerField(
         default=90,
         validators=[MinValueValidator(1), MaxValueValidator(3660)],
-        help_text="Older delivered and discarded events, and heartbeats, are removed by "
-        "manage.py prune. Queued events and dead letters never are.",
+        help_text="Older delivered and discarded events, and heartbeats, are removed, once an "
+        "hour. Queued events and dead letters never are.",
     )
 
     class Meta:
@@ -286,7 +286,7 @@ class SystemEvent(models.Model):
         default=False, help_text="Came from outside: set apart in the prompt as data."
     )
     # A turn of its own (AgentTurn): handed over alone, never coalesced.
-    alone = models.BooleanField(default=False)
+    alone = models.BooleanField(default=False, db_default=False)
     state = models.CharField(max_length=16, choices=EventState.choices, default=EventState.QUEUED)
     created_at = models.DateTimeField()
     settled_at = models.DateTimeField(null=True, blank=True)

@@ -58,6 +58,7 @@ class MappingForm(ModelForm):
     """
 
     made_secret = False
+    _typed_secret = ""
 
     signing_secret = forms.CharField(
         required=False,
@@ -106,8 +107,15 @@ class MappingForm(ModelForm):
     def clean(self) -> dict[str, Any] | None:
         cleaned = super().clean()
         self._forget_what_is_hidden()
+        self._typed_secret = self.cleaned_data.get("signing_secret", "")
         self._settle_secrets()
         return cleaned
+
+    def _post_clean(self) -> None:
+        super()._post_clean()  # type: ignore[misc] # as Django's own forms with passwords do
+        if self.errors and self._typed_secret:
+            # It is not shown again, and an empty field would say that the stored one is to stay.
+            self.add_error("signing_secret", "Type it again: nothing was saved.")
 
     def _forget_what_is_hidden(self) -> None:
         """Leave fields as they are that the page does not show: nobody could correct them."""
@@ -124,7 +132,7 @@ class MappingForm(ModelForm):
         """Decide which secrets are valid from now on: what was typed, what is stored, a new one."""
         scheme = self.cleaned_data.get("signature_scheme", "")
         header = self.cleaned_data.get("signature_header", "")
-        typed = self.cleaned_data.get("signing_secret", "")
+        typed = self._typed_secret
         stored = self.instance.signing_secret
         previous = self.instance.previous_signing_secret
         sender_makes = sender_makes_secret(scheme, header)

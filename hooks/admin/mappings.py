@@ -309,7 +309,7 @@ class HookMappingAdmin(Page):
     ) -> HttpResponse:
         preset = _preset(request) if add else None
         form = context["adminform"].form
-        match_path = obj.match_path if obj else str(form.initial.get("match_path", ""))
+        match_path = obj.match_path if obj else str(form["match_path"].value() or "")
         context["preset"] = preset
         context["address"] = _address(request, match_path) if obj or preset else ""
         if add or self.has_change_permission(request, obj):

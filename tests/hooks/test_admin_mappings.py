@@ -641,3 +641,28 @@ def test_the_check_is_for_those_who_see_mappings(client: Client, viewer: Client)
 
 def test_the_check_is_asked_by_post_alone(admin_client: Client) -> None:
     assert admin_client.get(CHECK).status_code == 405
+
+
+def test_a_typed_secret_is_asked_for_again_when_something_else_is_wrong(
+    admin_client: Client,
+) -> None:
+    row = make(signature_scheme="stripe", signing_secret=OLD)
+    form = mapping_form(signature_scheme="stripe", signing_secret=TYPED, session_key="")
+    refused = admin_client.post(f"{LIST}{row.pk}/change/", {**form, "text_template": "{{x"})
+    assert errors_of(refused)["signing_secret"] == ["Type it again: nothing was saved."]
+    assert TYPED not in refused.content.decode()
+    row.refresh_from_db()
+    assert (row.signing_secret, row.previous_signing_secret) == (OLD, "")
+
+
+def test_after_an_error_the_page_still_tells_the_address(admin_client: Client) -> None:
+    form = mapping_form(signature_scheme="stripe", match_path="stripe")
+    refused = admin_client.post(f"{ADD}?preset=stripe", form)
+    assert "/hooks/stripe</span>" in refused.content.decode()
+
+
+@pytest.mark.parametrize("key", ["abc", "\0", "9" * 30])
+def test_an_action_on_a_row_that_cannot_be_is_refused(admin_client: Client, key: str) -> None:
+    for action in ("drop_old_secret", "move_first"):
+        forged = admin_client.post(LIST, {"action": action, "_selected_action": key})
+        assert forged.status_code == 400

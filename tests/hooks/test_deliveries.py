@@ -59,6 +59,11 @@ def test_credentials_are_never_kept(send: Send, hook_token: str) -> None:
     assert hook_token not in stored
 
 
+def test_a_parameter_that_carries_a_credential_is_not_kept(send: Send) -> None:
+    send("/hooks/wake?access_token=och_x&kind=push", {"text": "x"})
+    assert only().query == {"kind": "push"}
+
+
 @pytest.mark.parametrize(
     ("path", "body", "status", "outcome"),
     [

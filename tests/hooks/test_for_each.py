@@ -164,6 +164,17 @@ def test_its_key_comes_from_outside(send: Send, transform: Any) -> None:
     assert error_of(response).startswith("a session key from a transform is not allowed")
 
 
+@pytest.mark.parametrize("key", ["", " "])
+def test_a_key_that_it_leaves_empty_is_refused_and_not_the_main_session(
+    send: Send, transform: Any, key: str
+) -> None:
+    transform(lambda payload, headers, query, path: {"session_key": key})
+    mapped(session_key="hook:fixed")
+    response = send("/hooks/m", {"who": "me"})
+    assert (response.status_code, rows()) == (400, (0, 0, 0))
+    assert "its transform left it empty" in error_of(response)
+
+
 def test_none_is_nothing_to_do(send: Send, transform: Any) -> None:
     transform(lambda payload, headers, query, path: None)
     mapped()

@@ -129,3 +129,15 @@ def test_the_deployment_check_reports_an_open_policy(
     except SystemCheckError as error:
         report = str(error)
     assert ("hooks.W001" in report) == reported
+
+
+@pytest.mark.django_db
+def test_a_default_session_of_an_agent_that_is_not_there_is_refused() -> None:
+    policy = HookPolicy.ensure()
+    for key, accepted in (("agent:main:x", True), ("hook:x", True), ("agent:zz:x", False)):
+        policy.default_session_key = key
+        if accepted:
+            policy.full_clean()
+        else:
+            with pytest.raises(ValidationError, match='unknown agent "zz"'):
+                policy.full_clean()

@@ -181,3 +181,27 @@ def test_of_fifty_at_once_over_two_processes_one_is_stored(
     live_gateway.start()
     again = post(f"{live_gateway.url}/hooks/wake")
     assert (again["eventOutcome"], again["eventId"]) == ("replayed", answers[0]["eventId"])
+
+
+@pytest.mark.django_db
+def test_a_key_that_is_pruned_while_it_is_claimed_is_new() -> None:
+    now = timezone.now()
+    IdempotencyKey.objects.create(digest="d", answer={}, created_at=now - timedelta(hours=25))
+    pruned: list[Any] = []
+
+    def prune(execute: Any, sql: str, *arguments: Any) -> Any:
+        result = execute(sql, *arguments)
+        if sql.startswith("INSERT") and not pruned:
+            pruned.append(IdempotencyKey.objects.all().delete())
+        return result
+
+    with connection.execute_wrapper(prune):
+        assert idempotency.claim("d", now) is None
+    assert IdempotencyKey.objects.get().created_at == now
+
+
+@pytest.mark.django_db
+def test_a_key_from_a_clock_that_ran_ahead_does_not_count_for_ever(send: Send) -> None:
+    send(body={"text": "a"}, headers=KEY)
+    IdempotencyKey.objects.update(created_at=timezone.now() + timedelta(days=365))
+    assert receipt(send(body={"text": "b"}, headers=KEY))["eventOutcome"] == "queued"

@@ -234,6 +234,14 @@ def test_of_more_deliveries_than_allowed_the_oldest_go(count: int) -> None:
     assert list(kept) == stored[-count:]
 
 
+def test_deliveries_from_a_clock_that_ran_ahead_take_no_place() -> None:
+    set_policy(keep_deliveries_count=3)
+    ages = (-365, -364, -363, 0.1, 0.2)
+    for age in reversed(ages):
+        store_delivery(ago(age))
+    assert prune()["deliveries"] == 0
+
+
 def test_idempotency_keys_go_after_a_day_and_failed_credentials_after_a_minute() -> None:
     now = timezone.now()
     for name, age in (("old", timedelta(hours=24)), ("new", timedelta(hours=23))):

@@ -217,3 +217,64 @@ def test_unknown_paths_are_unknown_to_it_too(send: Send) -> None:
         404,
         "no hook mapping matches 'nowhere'",
     )
+
+
+# --- Several credentials, and what they leave behind ----------------------------------------------
+
+
+def test_a_credential_that_opens_nothing_here_does_not_hide_one_that_does(
+    send: Send, hook_token: str
+) -> None:
+    add("mine", "ci")
+    narrow = limited()
+    both = {"Authorization": f"Bearer {narrow}", "X-OpenClaw-Token": hook_token}
+    assert send("/hooks/wake", {"text": "x"}, token=None, headers=both).status_code == 200
+    signed = {"Authorization": f"Bearer {narrow}", **by_openssl(BODY)}
+    assert post(signed, path="ci").status_code == 200
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_a_signature_is_never_kept_or_shown_whatever_its_header_is_called(
+    send: Send, enabled: bool
+) -> None:
+    shop = SignatureConfiguration("hmac", (SECRET,), header="X-Shop-Proof", encoding="base64")
+    values = {"signature_header": "X-Shop-Proof", "signature_encoding": "base64"}
+    text = "[{{headers.x-shop-proof}}]"
+    mapping = add("shop", "shop", signature_scheme="hmac", text_template=text, **values)
+    signed = sign(shop, BODY, datetime.now(UTC))
+    if enabled:
+        assert post(signed, path="shop").status_code == 200
+    else:
+        mapping.enabled = False
+        mapping.save()
+        send("/hooks/wake", {"text": "[]"}, headers=signed)
+    assert SystemEvent.objects.get().text == "[]"
+    assert signed["X-Shop-Proof"] not in repr(HookDelivery.objects.values())
+
+
+@pytest.mark.parametrize("scheme", ["standard-webhooks", "stripe", "slack"])
+def test_where_an_id_is_signed_no_other_one_makes_a_second_event(scheme: str) -> None:
+    secret = new_signing_secret()
+    add(signature_scheme=scheme, signing_secret=secret, action="agent")
+    body = b'{"action": "x", "id": "evt_1", "event_id": "Ev1"}'
+    signed = sign(SignatureConfiguration(scheme, (secret,)), body, datetime.now(UTC))
+    runs = {
+        json.loads(post({**signed, **unsigned}, body).content)["runId"]
+        for unsigned in ({}, {"Idempotency-Key": "a"}, {"X-GitHub-Delivery": "b"})
+    }
+    assert len(runs) == 1
+    assert SystemEvent.objects.count() == 1
+
+
+# --- Rows that this version does not understand ---------------------------------------------------
+
+
+@pytest.mark.parametrize("column", ["action", "mode", "signature_scheme"])
+def test_a_mapping_with_a_value_nobody_knows_breaks_itself_only(send: Send, column: str) -> None:
+    bad, good = add("bad", "bad"), add("good", "good")
+    HookMapping.objects.filter(pk=bad.pk).update(**{column: "zzz"})
+    assert send("/hooks/good", BODY).status_code == 200
+    assert post(by_openssl(BODY), path=good.match_path).status_code == 200
+    refused = send("/hooks/bad", BODY)
+    assert (refused.status_code, '"zzz" is not known here' in error_of(refused)) == (400, True)
+    assert post({}, path="bad").status_code == 401

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -15,6 +18,7 @@ from hooks.models import HookMapping
 from hooks.shipped_transforms import github
 from hooks.transforms import Transform
 from tests.hooks.conftest import Send, error_of, rows
+from tests.live import ROOT
 from wake.models import SystemEvent
 
 NAME = "of a test"
@@ -323,3 +327,17 @@ def test_a_defect_is_in_the_log_and_not_in_the_answer(
     assert b"hunter2" not in response.content
     assert "hunter2" in caplog.text
     assert rows() == (0, 0, 0)
+
+
+def test_a_module_that_cannot_be_imported_is_told_by_the_setting() -> None:
+    ended = subprocess.run(
+        [sys.executable, ROOT / "manage.py", "check"],
+        env={**os.environ, "HOOK_TRANSFORMS": "no_such_module"},
+        capture_output=True,
+        text=True,
+    )
+    assert ended.returncode == 1
+    assert ended.stderr.splitlines()[-1].endswith(
+        "HOOK_TRANSFORMS: cannot import no_such_module: "
+        "ModuleNotFoundError: No module named 'no_such_module'"
+    )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import socket
 import subprocess
@@ -9,12 +10,15 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
 from django.test import Client
 
+from tests.hooks.raw_http import serving
 from tests.live import ROOT, LiveGateway
+from wake.http_protocol import BoundedHeadProtocol
 
 
 @pytest.fixture(scope="module")
@@ -96,3 +100,56 @@ def test_a_stored_event_is_a_success_even_if_nobody_reads_the_receipt(
         ["/bin/sh", "-c", command], env=gateway.environment, capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.django_db
+def test_more_parameters_than_a_url_may_have_and_a_nul_end_in_no_traceback(
+    client: Client, caplog: pytest.LogCaptureFixture
+) -> None:
+    query = "&".join([*(f"a{number}=1" for number in range(1100)), "b=%00"])
+    assert client.post(f"/hooks/wake?{query}").status_code == 400
+    assert "Traceback" not in caplog.text
+
+
+def request_bytes(*lines: str) -> bytes:
+    return "\r\n".join([*lines, "", ""]).encode()
+
+
+class Impatient(BoundedHeadProtocol):
+    head_seconds = 0.3
+
+
+async def answered(scope: Any, receive: Any, send: Any) -> None:
+    """The smallest application there is."""
+    await send({"type": "http.response.start", "status": 204, "headers": []})
+    await send({"type": "http.response.body", "body": b""})
+
+
+async def heard(port: int, sent: bytes, seconds: float = 2) -> bytes:
+    """Return all that comes until the connection is closed; b"open" where it is not."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    with contextlib.closing(writer):
+        writer.write(sent)
+        try:
+            return await asyncio.wait_for(reader.read(), seconds)
+        except TimeoutError:
+            return b"open"
+
+
+@pytest.mark.parametrize("sent", [b"", b"GET", b"GET / HTTP/1.1\r\nHost: x\r\n"])
+async def test_a_head_that_does_not_come_in_time_ends_the_connection(sent: bytes) -> None:
+    async with serving(answered, http=Impatient) as port:
+        assert await heard(port, sent) == b""
+
+
+async def test_a_connection_whose_head_came_is_left_alone() -> None:
+    async with serving(answered, http=Impatient) as port:
+        get = request_bytes("GET / HTTP/1.1", "Host: x")
+        assert await heard(port, get, 1) == b"open"
+
+
+async def test_only_get_becomes_a_websocket() -> None:
+    upgrade = ("Host: x", "Upgrade: websocket", "Connection: Upgrade", "Content-Length: 2")
+    async with serving(answered, http=BoundedHeadProtocol) as port:
+        answer = await heard(port, request_bytes("POST / HTTP/1.1", *upgrade) + b"{}")
+    assert answer.startswith(b"HTTP/1.1 400")

@@ -140,3 +140,29 @@ def test_secrets_are_encrypted_at_rest_and_not_shown() -> None:
     agent = configuration.read().agents["ops"]
     assert agent.signing_secret == "whsec_geheim"
     assert "geheim" not in repr(agent)
+
+
+@pytest.mark.django_db(transaction=True)
+def test_whatever_goes_wrong_in_a_read_the_values_are_kept_fresh_afterwards(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    faults = iter([False, True])
+    failed, read_again = threading.Event(), threading.Event()
+
+    def read() -> str:
+        if next(faults, False):
+            failed.set()
+            raise ValueError("a row that nobody understands")
+        if failed.is_set():
+            read_again.set()
+        return "value"
+
+    snapshot = Snapshot(read, max_age=60)
+    try:
+        with configuration.keep_fresh():
+            for event in (failed, read_again):
+                snapshot._drop()
+                assert event.wait(5)
+    finally:
+        configuration._snapshots.remove(snapshot)
+    assert "a row that nobody understands" in caplog.text

@@ -356,19 +356,18 @@ def test_a_full_main_session_holds_up_no_other_agents_notes() -> None:
     assert SystemEvent.objects.filter(session__key="agent:ops:main").count() == 1
 
 
-def test_without_an_enabled_agent_there_is_no_note_and_that_is_logged(
-    inbox: Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    receipt = ask()
+def test_a_disabled_agent_is_told_when_it_is_enabled_again(inbox: Path) -> None:
+    ask()
     Agent.objects.create(pk="ops")
     queue.settle(claim(), HeartbeatStatus.DELIVERED, now=datetime.now(UTC))
     Agent.objects.filter(pk="main").update(enabled=False)
     configuration.gateway.forget()
-    with caplog.at_level(logging.WARNING):
-        assert note_ended_turns(configuration.gateway(), datetime.now(UTC)) == 1
-    assert f'no note about turn {receipt.event_id}: agent "main" is disabled' in caplog.text
-    assert notes() == []
     assert note_ended_turns(configuration.gateway(), datetime.now(UTC)) == 0
+    assert notes() == []
+    Agent.objects.filter(pk="main").update(enabled=True)
+    configuration.gateway.forget()
+    assert note_ended_turns(configuration.gateway(), datetime.now(UTC)) == 1
+    assert len(notes()) == 1
 
 
 def test_two_processes_write_each_note_once() -> None:

@@ -15,8 +15,9 @@ from django.contrib import admin, messages
 from django.contrib.admin import helpers
 from django.contrib.admin.models import CHANGE, LogEntry
 from django.contrib.admin.utils import quote
+from django.core.exceptions import ValidationError
 from django.db.models import Model, QuerySet
-from django.http import HttpRequest, HttpResponse, HttpResponseRedirect
+from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseRedirect
 from django.template.loader import render_to_string
 from django.template.response import TemplateResponse
 from django.templatetags.static import static
@@ -199,6 +200,11 @@ class Page(ModelAdmin):
         self, request: HttpRequest, queryset: QuerySet[Any], *args: Any, **kwargs: Any
     ) -> HttpResponse | None:
         """Run an action; one that was started by a button leads back to its row's page."""
+        try:
+            for key in request.POST.getlist(helpers.ACTION_CHECKBOX_NAME):
+                self.opts.pk.clean(key, None)
+        except ValidationError:  # no form of ours sends it
+            return HttpResponseBadRequest("no such row\n", "text/plain")
         response = super().response_action(request, queryset, *args, **kwargs)
         if "stay" in request.POST and isinstance(response, HttpResponseRedirect):
             (row,) = request.POST.getlist(helpers.ACTION_CHECKBOX_NAME)[:1] or [""]

@@ -72,9 +72,10 @@ def note_turn(event_id: int, snapshot: GatewayConfiguration, now: datetime) -> b
 
 
 def _to_note() -> QuerySet[AgentTurn]:
-    return AgentTurn.objects.filter(deliver=True, noted_at__isnull=True).exclude(
-        event__state=EventState.QUEUED
-    )
+    # A disabled agent is told when it is enabled again.
+    return AgentTurn.objects.filter(
+        deliver=True, noted_at__isnull=True, event__session__agent__enabled=True
+    ).exclude(event__state=EventState.QUEUED)
 
 
 def _plan_note(
