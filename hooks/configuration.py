@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -140,15 +141,18 @@ _template = lru_cache(maxsize=2048)(Template.parse)
 
 
 def _tokens() -> dict[str, TokenConfiguration]:
-    valid = HookToken.objects.filter(revoked_at__isnull=True).prefetch_related("mappings")
+    opened: dict[int, set[int]] = defaultdict(set)
+    links = HookToken.mappings.through.objects.values_list("hooktoken_id", "hookmapping_id")
+    for token_id, mapping_id in links:
+        opened[token_id].add(mapping_id)
     tokens = {
         token.digest: TokenConfiguration(
             token.pk,
             token.name,
             token.expires_at,
-            frozenset(mapping.pk for mapping in token.mappings.all()) if token.limited else None,
+            frozenset(opened[token.pk]) if token.limited else None,
         )
-        for token in valid
+        for token in HookToken.objects.filter(revoked_at__isnull=True)
     }
     if settings.OPENCLAW_HOOKS_TOKEN:
         tokens[digest(settings.OPENCLAW_HOOKS_TOKEN)] = TokenConfiguration(None, ENVIRONMENT_TOKEN)
