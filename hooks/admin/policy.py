@@ -65,7 +65,7 @@ def policy_in_words(
         f"{policy.max_body_bytes:,} bytes.",
         f"{_bodies_in_words(policy)} Deliveries are kept for "
         f"{counted(policy.keep_deliveries_days, 'day')}, and "
-        f"{policy.keep_deliveries_count:,} at most: manage.py prune removes the others.",
+        f"{policy.keep_deliveries_count:,} at most; the others are removed once an hour.",
     ]
 
 
