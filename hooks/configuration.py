@@ -178,6 +178,8 @@ def frozen(mapping: HookMapping) -> MappingConfiguration:
         (HookMapping.Action, mapping.action),
         (Mode, mapping.mode),
         (SignatureScheme, mapping.signature_scheme),
+        (HookMapping.SignatureDigest, mapping.signature_digest),
+        (HookMapping.SignatureEncoding, mapping.signature_encoding),
     ):
         if stored not in set(kind):
             fault = f'"{stored}" is not known here'
@@ -201,7 +203,12 @@ def frozen(mapping: HookMapping) -> MappingConfiguration:
 
 
 def _signature(mapping: HookMapping) -> SignatureConfiguration | None:
-    if mapping.signature_scheme not in set(SignatureScheme) - {SignatureScheme.NONE}:
+    is_known = (
+        mapping.signature_scheme in set(SignatureScheme)
+        and mapping.signature_digest in set(HookMapping.SignatureDigest)
+        and mapping.signature_encoding in set(HookMapping.SignatureEncoding)
+    )
+    if not mapping.signature_scheme or not is_known:
         return None
     # One that cannot be read any more (another SECRET_KEY) is empty: it opens nothing.
     secrets = (mapping.signing_secret, mapping.previous_signing_secret)

@@ -121,7 +121,10 @@ def _answer(
         key := idempotency.key_of(arrival.headers, payload, arrival.credential.scheme)
     ):
         draft.idempotency_key = _storable(key)[:200]
-        digest = idempotency.digest_of(arrival.credential.key, arrival.path, key)
+        # No path is signed: under another one, a signed request is still the same.
+        is_signed = arrival.credential.scheme in idempotency.WITH_SIGNED_ID
+        path = "" if is_signed else arrival.path
+        digest = idempotency.digest_of(arrival.credential.key, path, key)
     try:
         decision = decide(
             arrival.request(payload, snapshot), arrival.credential, snapshot, gateway, watch=watch

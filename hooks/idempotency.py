@@ -27,7 +27,7 @@ _PROVIDER_FIELDS: Final = (
 )
 # Schemes whose signature covers an id. There it goes before all others, and headers that are not
 # signed count for nothing: whoever catches a request could run it once for each key he makes up.
-_WITH_SIGNED_ID: Final = frozenset({"standard-webhooks", "stripe", "slack"})
+WITH_SIGNED_ID: Final = frozenset({"standard-webhooks", "stripe", "slack"})
 
 
 def key_of(headers: Mapping[str, str], payload: Any, scheme: str = "") -> str | None:
@@ -46,7 +46,7 @@ def key_of(headers: Mapping[str, str], payload: Any, scheme: str = "") -> str | 
         and isinstance(value := fields.get(field), str)
         and value.startswith(start)
     ]
-    if scheme in _WITH_SIGNED_ID:
+    if scheme in WITH_SIGNED_ID:
         signed = [headers.get("webhook-id", "")] if scheme == "standard-webhooks" else in_payload
         candidates = [*signed, own]
     else:

@@ -31,7 +31,7 @@ import msgspec
 # read by an agent, which is no place for a secret.
 _CREDENTIAL_NAME = re.compile(
     "authorization|cookie|token|secret|signature|passw|credential|hmac|digest|jwt|assertion|oidc"
-    "|^x-auth|api-?key|(?<!idempotency)-key$",
+    "|^x-auth|api[-_]?key|(?<!idempotency)[-_]key$|^key$|(^|[-_])(sig|auth)$",
     re.IGNORECASE,
 )
 

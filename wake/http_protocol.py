@@ -57,7 +57,8 @@ class BoundedHeadProtocol(HttpToolsProtocol):
     def on_message_begin(self) -> None:
         self._is_in_head = True
         self._head_bytes = 0
-        self._await_head()
+        if self.cycle is None or self.cycle.response_complete:
+            self._await_head()  # else an answer that is under way would be cut off
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:

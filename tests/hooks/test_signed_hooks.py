@@ -255,12 +255,13 @@ def test_a_signature_is_never_kept_or_shown_whatever_its_header_is_called(
 @pytest.mark.parametrize("scheme", ["standard-webhooks", "stripe", "slack"])
 def test_where_an_id_is_signed_no_other_one_makes_a_second_event(scheme: str) -> None:
     secret = new_signing_secret()
-    add(signature_scheme=scheme, signing_secret=secret, action="agent")
+    add(path="", signature_scheme=scheme, signing_secret=secret, action="agent")
     body = b'{"action": "x", "id": "evt_1", "event_id": "Ev1"}'
     signed = sign(SignatureConfiguration(scheme, (secret,)), body, datetime.now(UTC))
     runs = {
-        json.loads(post({**signed, **unsigned}, body).content)["runId"]
+        json.loads(post({**signed, **unsigned}, body, path).content)["runId"]
         for unsigned in ({}, {"Idempotency-Key": "a"}, {"X-GitHub-Delivery": "b"})
+        for path in ("github", "elsewhere")
     }
     assert len(runs) == 1
     assert SystemEvent.objects.count() == 1
@@ -269,12 +270,17 @@ def test_where_an_id_is_signed_no_other_one_makes_a_second_event(scheme: str) ->
 # --- Rows that this version does not understand ---------------------------------------------------
 
 
-@pytest.mark.parametrize("column", ["action", "mode", "signature_scheme"])
+@pytest.mark.parametrize(
+    "column",
+    ["action", "mode", "signature_scheme", "signature_digest", "signature_encoding"],
+)
 def test_a_mapping_with_a_value_nobody_knows_breaks_itself_only(send: Send, column: str) -> None:
-    bad, good = add("bad", "bad"), add("good", "good")
+    hmac = {"signature_scheme": "hmac", "signature_header": "X-Proof"}
+    bad, good = add("bad", "bad", **hmac), add("good", "good")
     HookMapping.objects.filter(pk=bad.pk).update(**{column: "zzz"})
     assert send("/hooks/good", BODY).status_code == 200
     assert post(by_openssl(BODY), path=good.match_path).status_code == 200
     refused = send("/hooks/bad", BODY)
     assert (refused.status_code, '"zzz" is not known here' in error_of(refused)) == (400, True)
-    assert post({}, path="bad").status_code == 401
+    for headers in ({}, by_openssl(BODY), {"X-Proof": "aa"}):
+        assert post(headers, path="bad").status_code == 401
