@@ -47,6 +47,10 @@ class TokenConfiguration:
     expires_at: datetime | None = None
     mappings: frozenset[int] | None = None
 
+    def is_valid(self, now: datetime) -> bool:
+        """Whether the token has not expired."""
+        return self.expires_at is None or self.expires_at > now
+
 
 @dataclass(frozen=True, slots=True)
 class MappingConfiguration:
@@ -174,21 +178,15 @@ def frozen(mapping: HookMapping) -> MappingConfiguration:
         fault = str(error)
     if mapping.transform and transform is None:
         fault = f'no transform is registered as "{mapping.transform}"'
-    for kind, stored in (
-        (HookMapping.Action, mapping.action),
-        (Mode, mapping.mode),
-        (SignatureScheme, mapping.signature_scheme),
-        (HookMapping.SignatureDigest, mapping.signature_digest),
-        (HookMapping.SignatureEncoding, mapping.signature_encoding),
-    ):
-        if stored not in set(kind):
-            fault = f'"{stored}" is not known here'
+    unknown = _unknown_value(mapping)
+    if unknown is not None:
+        fault = f'"{unknown}" is not known here'
     return MappingConfiguration(
         id=mapping.pk or 0,
         name=mapping.name,
         path=mapping.match_path.strip("/"),
         source=mapping.match_source,
-        signature=_signature(mapping),
+        signature=_signature(mapping) if unknown is None else None,
         action=_known(HookMapping.Action, mapping.action, HookMapping.Action.WAKE),
         mode=_known(Mode, mapping.mode, Mode.NOW),
         agent_id=mapping.agent_id,
@@ -202,13 +200,20 @@ def frozen(mapping: HookMapping) -> MappingConfiguration:
     )
 
 
-def _signature(mapping: HookMapping) -> SignatureConfiguration | None:
-    is_known = (
-        mapping.signature_scheme in set(SignatureScheme)
-        and mapping.signature_digest in set(HookMapping.SignatureDigest)
-        and mapping.signature_encoding in set(HookMapping.SignatureEncoding)
+def _unknown_value(mapping: HookMapping) -> str | None:
+    """Return a stored choice that does not exist here (yet, or any more), or None."""
+    stored: tuple[tuple[type[StrEnum | TextChoices], str], ...] = (
+        (HookMapping.Action, mapping.action),
+        (Mode, mapping.mode),
+        (SignatureScheme, mapping.signature_scheme),
+        (HookMapping.SignatureDigest, mapping.signature_digest),
+        (HookMapping.SignatureEncoding, mapping.signature_encoding),
     )
-    if not mapping.signature_scheme or not is_known:
+    return next((value for kind, value in stored if value not in set(kind)), None)
+
+
+def _signature(mapping: HookMapping) -> SignatureConfiguration | None:
+    if not mapping.signature_scheme:
         return None
     # One that cannot be read any more (another SECRET_KEY) is empty: it opens nothing.
     secrets = (mapping.signing_secret, mapping.previous_signing_secret)

@@ -90,7 +90,7 @@ def usable_tokens(
     """
     for shown in shown_tokens(headers):
         token = hooks.tokens.get(digest(shown))
-        if token and (token.expires_at is None or token.expires_at > now):
+        if token and token.is_valid(now):
             yield token
 
 

@@ -16,7 +16,7 @@ from hooks.configuration import HookConfiguration, MappingConfiguration
 from hooks.credentials import Credential
 from hooks.errors import NotAuthorized, PayloadError, UnknownHook
 from hooks.mapping import CLOSED
-from hooks.models import ENDPOINTS, SignatureScheme
+from hooks.models import ENDPOINTS, LONGEST_TURN_SECONDS, SignatureScheme
 from hooks.policy import KeyOrigin
 from hooks.template import HookRequest
 from wake.configuration import GatewayConfiguration
@@ -24,8 +24,6 @@ from wake.dispatch import Mode, Turn, WakeRequest, clean_text, resolve_session
 
 WAKE_PATH: Final = "wake"
 AGENT_PATH: Final = "agent"
-
-_LONGEST_TURN_SECONDS: Final = 24 * 3600
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,8 +255,8 @@ def _timeout(payload: dict[str, Any]) -> int | None:
     if value is None:
         return None
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
-    if not is_number or not 1 <= value <= _LONGEST_TURN_SECONDS:
-        raise PayloadError(f"timeoutSeconds must be a number from 1 to {_LONGEST_TURN_SECONDS}")
+    if not is_number or not 1 <= value <= LONGEST_TURN_SECONDS:
+        raise PayloadError(f"timeoutSeconds must be a number from 1 to {LONGEST_TURN_SECONDS}")
     return int(value)
 
 

@@ -27,6 +27,10 @@ RESERVED_PATHS: Final = frozenset({"admin", "api", "media", "static", "ws"})
 # Endpoints of their own below the base path; a mapping there would never be reached.
 ENDPOINTS: Final = frozenset({"agent", "wake"})
 
+# The smallest and the largest limit of a body that a policy may set, in bytes.
+BODY_BYTES: Final = (1024, 16 * 1024 * 1024)
+LONGEST_TURN_SECONDS: Final = 24 * 3600
+
 
 class KeepBodies(models.TextChoices):
     """Which deliveries keep what was sent."""
@@ -62,7 +66,7 @@ class HookPolicy(models.Model):
     )
     max_body_bytes = models.PositiveIntegerField(
         default=256 * 1024,
-        validators=[MinValueValidator(1024), MaxValueValidator(16 * 1024 * 1024)],
+        validators=[MinValueValidator(BODY_BYTES[0]), MaxValueValidator(BODY_BYTES[1])],
         help_text="A larger body is refused with 413.",
     )
     default_session_key = models.CharField(
@@ -299,7 +303,7 @@ class HookMapping(models.Model):
     timeout_seconds = models.PositiveIntegerField(
         null=True,
         blank=True,
-        validators=[MinValueValidator(1), MaxValueValidator(24 * 3600)],
+        validators=[MinValueValidator(1), MaxValueValidator(LONGEST_TURN_SECONDS)],
         help_text="How long the turn may take. Empty: as the agent says.",
     )
 

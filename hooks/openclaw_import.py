@@ -17,12 +17,10 @@ from itertools import count
 from typing import Any, Final, Literal, TypeAlias
 
 from hooks import presets
-from hooks.models import ENDPOINTS, HookMapping
+from hooks.models import BODY_BYTES, ENDPOINTS, LONGEST_TURN_SECONDS, HookMapping
 from wake.models import GatewaySettings
 from wake.session_keys import AGENT_ID_PATTERN
 
-BODY_BYTES: Final = (1024, 16 * 1024 * 1024)
-LONGEST_TURN_SECONDS: Final = 24 * 3600
 SHORT_TOKEN_CHARACTERS: Final = 16
 
 # Who OpenClaw's one agent is where the file lists none.

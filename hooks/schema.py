@@ -23,6 +23,7 @@ from hooks.bodies import BODY_SECONDS
 from hooks.configuration import hooks
 from hooks.idempotency import KEPT_FOR
 from hooks.mapping import MAX_ITEMS
+from hooks.models import LONGEST_TURN_SECONDS
 from hooks.throttling import FAILURES, WINDOW_SECONDS
 from wake.dispatch import MAX_TEXT_BYTES
 from wake.status import version
@@ -188,7 +189,7 @@ _SCHEMAS: Final[dict[str, Any]] = {
                 "number",
                 "How long the turn may take; else as the agent says.",
                 minimum=1,
-                maximum=24 * 3600,
+                maximum=LONGEST_TURN_SECONDS,
             ),
             "idempotencyKey": _KEY_FIELD,
         },

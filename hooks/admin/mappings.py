@@ -256,8 +256,7 @@ class HookMappingAdmin(Page):
     def signature(self, row: HookMapping) -> str:
         if not row.signature_scheme:
             return NOTHING
-        scheme = SignatureScheme(row.signature_scheme)
-        return badge(scheme.value, "info", scheme.label)
+        return badge(row.signature_scheme, "info", row.get_signature_scheme_display())
 
     @admin.display(description="does")
     def does(self, row: HookMapping) -> str:

@@ -236,9 +236,7 @@ def _start(request: HttpRequest, hooks: HookConfiguration, now: datetime) -> _St
 def _granted(hooks: HookConfiguration, now: datetime) -> dict[str, Credential]:
     """Return credentials to take for granted: the valid tokens, and one for each mapping alone."""
     of_tokens = [
-        credentials.of_token(token)
-        for token in hooks.tokens.values()
-        if token.expires_at is None or token.expires_at > now
+        credentials.of_token(token) for token in hooks.tokens.values() if token.is_valid(now)
     ]
     of_mappings = [
         Credential(
@@ -346,7 +344,6 @@ def _result(
     return {
         "steps": steps(simulation),
         "answer": trials.in_http(simulation.answer, hooks),
-        "is_refused": bool(simulation.answer.error),
         "is_right": is_right,
         "curl": _curl(request, trial, hooks),
         "signed": [one.name for one in on_path(hooks.mappings, trial.path) if one.signature],
