@@ -1,23 +1,17 @@
-"""The life of hook tokens: made, replaced while the old one still works for a while, revoked."""
+"""What is a hook token's own: the mappings that it opens. The rest is in `wake.tokens`."""
 
 from __future__ import annotations
 
 from collections.abc import Collection
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
-from django.core.exceptions import ValidationError
 from django.db import transaction
-from django.db.models import Q
 
 from hooks.models import HookMapping, HookToken
 from wake import tokens
 
 PREFIX: Final = "och_"
-
-# A replaced token is called `NAME (until 2026-11-22T12:00:00.000Z)`: 100 characters at most.
-REPLACED_MARK: Final = " (until "
-REPLACED_NAME_LENGTH: Final = 67
 
 
 def create(
@@ -43,32 +37,10 @@ def create(
 def rotate(
     name: str, *, keep_old: timedelta, now: datetime, expires_at: datetime | None = None
 ) -> tuple[HookToken, str]:
-    """Make a new token under `name`; the old one gets another name and works for `keep_old` more.
+    """Replace a hook token by one that opens the same; see `wake.tokens.rotate`."""
 
-    Both open the same. Zero revokes the old one at once; its own expiry is never put off.
-    Raises HookToken.DoesNotExist, or ValidationError when the old one is revoked.
-    """
-    with transaction.atomic():
-        old = HookToken.objects.select_for_update().get(name=name)
-        if old.revoked_at is not None:
-            raise ValidationError(f'token "{name}" is revoked; create one under another name')
-        ends_at = min(old.expires_at or now + keep_old, now + keep_old)
-        at = ends_at.astimezone(UTC).isoformat(timespec="milliseconds").removesuffix("+00:00")
-        old.name = f"{name[:REPLACED_NAME_LENGTH]}{REPLACED_MARK}{at}Z)"
-        old.expires_at = ends_at
-        if ends_at <= now:
-            old.revoked_at = now
-        old.save()
+    def renew(old: HookToken) -> tuple[HookToken, str]:
         opened = list(old.mappings.all()) if old.limited else None
         return create(name, expires_at=expires_at, mappings=opened)
 
-
-def revoke(name: str, *, now: datetime) -> int:
-    """Make a token useless at once, and with it those that it replaced and that still worked.
-
-    Return how many were valid until now. Raises HookToken.DoesNotExist.
-    """
-    HookToken.objects.get(name=name)
-    replaced = Q(name__startswith=f"{name[:REPLACED_NAME_LENGTH]}{REPLACED_MARK}")
-    valid = HookToken.objects.filter(Q(name=name) | replaced).exclude(expires_at__lte=now)
-    return len(tokens.revoke(valid, now))
+    return tokens.rotate(HookToken, name, keep_old=keep_old, now=now, renew=renew)

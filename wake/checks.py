@@ -24,7 +24,7 @@ OLDEST_TOKEN: Final = timedelta(days=365)
 @register(Tags.security, deploy=True)
 def check_gateway_tokens(**_: Any) -> list[CheckMessage]:
     """Report gateway tokens that have been in use for long."""
-    hint = "Add a new one under Gateway tokens in the admin, change the clients, revoke the old."
+    hint = "Replace it with manage.py gateway_tokens rotate NAME, and give the client the new one."
     return old_tokens(GatewayToken, "gateway token", hint, "wake.W001")
 
 

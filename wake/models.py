@@ -412,8 +412,41 @@ class HashedToken(models.Model):
         return self.name
 
 
+class OperatorScope(models.TextChoices):
+    """What an operator's connection may do; `wake.gateway.scopes` says which covers which."""
+
+    READ = "operator.read", "read: see sessions and heartbeats"
+    WRITE = "operator.write", "write: also send events"
+    ADMIN = "operator.admin", "admin: also turn heartbeats on and off"
+
+
+def every_scope() -> list[str]:
+    """Return the scopes of a token for which none are chosen."""
+    return list(OperatorScope.values)
+
+
+def validate_scopes(scopes: object) -> None:
+    """Raise ValidationError unless it is a list of operator scopes, each there once."""
+    if not isinstance(scopes, list):
+        raise ValidationError("Give a list of scopes.")
+    for place, scope in enumerate(scopes):
+        if scope not in OperatorScope.values:
+            raise ValidationError(f"{str(scope)[:100]} is no scope.")
+        if scope in scopes[:place]:
+            raise ValidationError(f"{scope} stands there twice.")
+
+
 class GatewayToken(HashedToken):
-    """A credential for the gateway's WebSocket; holds every operator scope."""
+    """A credential for the gateway's WebSocket."""
+
+    scopes: models.JSONField[list[str], list[str]] = models.JSONField(
+        default=every_scope,
+        # A process that does not know the column yet makes tokens that hold everything, as ever.
+        db_default=every_scope(),
+        validators=[validate_scopes],
+        error_messages={"blank": "Choose at least one scope."},
+        help_text="What the token may be used for.",
+    )
 
 
 class PresenceEntry(models.Model):

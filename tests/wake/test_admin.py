@@ -33,6 +33,7 @@ from wake.models import (
     GatewayToken,
     Heartbeat,
     HeartbeatStatus,
+    OperatorScope,
     PresenceEntry,
     RunnerKind,
     Session,
@@ -208,6 +209,7 @@ def test_the_queue_is_read_only_even_for_a_superuser(
         ("agent", "resume"),
         ("agent", "make_signing_secret"),
         ("gatewaytoken", "revoke"),
+        ("gatewaytoken", "rotate"),
     ],
 )
 def test_who_may_only_look_gets_no_action_that_changes(
@@ -593,9 +595,17 @@ def test_the_settings_are_one_form(admin_client: Client) -> None:
 # --- Gateway tokens -----------------------------------------------------------------------------
 
 
+def token_form(*scopes: str, **values: str) -> dict[str, Any]:
+    return {"name": "laptop", "expires_at_0": "", "expires_at_1": "", "scopes": scopes, **values}
+
+
+def add_token(client: Client, *scopes: str, **values: str) -> Response:
+    return client.post(reverse("admin:wake_gatewaytoken_add"), token_form(*scopes, **values))
+
+
 def test_a_gateway_token_is_shown_once_and_kept_as_a_hash(admin_client: Client) -> None:
-    form = {"name": "laptop", "expires_at_0": "2030-01-01", "expires_at_1": "00:00:00"}
-    response = admin_client.post(reverse("admin:wake_gatewaytoken_add"), form)
+    ends = {"expires_at_0": "2030-01-01", "expires_at_1": "00:00:00"}
+    response = add_token(admin_client, *OperatorScope.values, **ends)
     found = re.search(r"ocg_[\w-]{40,}", response.content.decode())
     assert found
     token = found[0]
@@ -615,7 +625,7 @@ def test_a_gateway_token_is_shown_once_and_kept_as_a_hash(admin_client: Client) 
 def test_a_token_is_revoked_for_good_and_its_hash_cannot_be_forged(admin_client: Client) -> None:
     row, token = tokens.create(GatewayToken, "laptop", prefix="ocg_")
     change = reverse("admin:wake_gatewaytoken_change", args=[row.pk])
-    forged = {"name": "renamed", "digest": tokens.digest("ocg_mine"), "hint": "x"}
+    forged = token_form("operator.read", name="renamed", digest=tokens.digest("ocg_mine"), hint="x")
     assert admin_client.post(change, forged).status_code == 302
     response = act(admin_client, "gatewaytoken", "revoke", row.pk)
     assert said(response)[-1] == "1 token revoked."
@@ -624,6 +634,83 @@ def test_a_token_is_revoked_for_good_and_its_hash_cannot_be_forged(admin_client:
     assert (row.name, row.digest) == ("renamed", tokens.digest(token))
     assert not tokens.is_usable(row, timezone.now())
     assert "revoked" in page(admin_client, "wake_gatewaytoken_changelist")
+
+
+def boxes(text: str) -> dict[str, bool]:
+    """Return the boxes of a page's scopes, and whether each is ticked."""
+    tags = re.findall(r'<input[^>]*name="scopes"[^>]*>', text)
+    values = [re.search(r'value="([^"]*)"', tag) for tag in tags]
+    return {
+        value[1]: bool(re.search(r"\schecked[\s>]", tag))
+        for value, tag in zip(values, tags, strict=True)
+        if value
+    }
+
+
+def test_a_gateway_token_holds_the_scopes_that_are_ticked(admin_client: Client) -> None:
+    assert boxes(page(admin_client, "wake_gatewaytoken_add")) == dict.fromkeys(
+        OperatorScope.values, True
+    )
+    response = add_token(admin_client, "operator.read", "operator.write")
+    assert "ws://testserver/ws" in response.context["example"]
+    row = GatewayToken.objects.get()
+    assert row.scopes == ["operator.read", "operator.write"]
+    assert "read, write" in page(admin_client, "wake_gatewaytoken_changelist")
+    change = reverse("admin:wake_gatewaytoken_change", args=[row.pk])
+    ticked = {"operator.read": True, "operator.write": True, "operator.admin": False}
+    assert boxes(admin_client.get(change).content.decode()) == ticked
+    admin_client.post(change, token_form("operator.admin"))
+    row.refresh_from_db()
+    assert row.scopes == ["operator.admin"]
+
+
+def test_a_token_that_may_only_read_comes_without_a_line_that_writes(admin_client: Client) -> None:
+    response = add_token(admin_client, "operator.read")
+    assert response.context["secret"].startswith("ocg_")
+    assert "system_event" not in response.content.decode()
+
+
+@pytest.mark.parametrize("scopes", [[], ["operator.everything"], ["operator.read", "admin"]])
+def test_a_gateway_token_without_a_scope_or_with_an_unknown_one_is_refused(
+    scopes: list[str], admin_client: Client
+) -> None:
+    assert "scopes" in errors_of(add_token(admin_client, *scopes))
+    assert not GatewayToken.objects.exists()
+
+
+def test_who_may_only_look_sees_what_a_gateway_token_holds(viewer: Client) -> None:
+    row, _ = tokens.create_for_gateway("laptop", scopes=["operator.read", "operator.write"])
+    text = page(viewer, "wake_gatewaytoken_change", row.pk)
+    assert "read, write" in text
+    assert boxes(text) == {}
+
+
+def test_a_rotated_gateway_token_is_shown_once_and_holds_the_same(admin_client: Client) -> None:
+    row, _ = tokens.create_for_gateway("laptop", scopes=["operator.write"])
+    rotate = reverse("admin:wake_gatewaytoken_rotate", args=[row.pk])
+    asked = act(admin_client, "gatewaytoken", "rotate", row.pk, stay="1")
+    assert f'action="{rotate}"' in asked.content.decode()
+    response = admin_client.post(rotate, {"name": "laptop", "keep_old": "7d"})
+    token = response.context["secret"]
+    assert_stored_nowhere(token)
+    assert f"OPENCLAW_GATEWAY_TOKEN={token} " in response.context["example"]
+    made = GatewayToken.objects.get(name="laptop")
+    assert (made.digest, made.scopes) == (tokens.digest(token), ["operator.write"])
+    row.refresh_from_db()
+    assert row.name.startswith("laptop (until ")
+    assert tokens.is_usable(row, timezone.now() + timedelta(days=6))
+    assert said(act(admin_client, "gatewaytoken", "revoke", made.pk))[-1] == "2 tokens revoked."
+
+
+def test_a_gateway_token_with_scopes_that_are_unknown_here_is_not_rotated(
+    admin_client: Client,
+) -> None:
+    row, _ = tokens.create_for_gateway("laptop")
+    GatewayToken.objects.update(scopes=["operator.newer"])
+    rotate = reverse("admin:wake_gatewaytoken_rotate", args=[row.pk])
+    response = admin_client.post(rotate, {"name": "laptop", "keep_old": "24h"}, follow=True)
+    assert said(response) == ["operator.newer is no scope."]
+    assert GatewayToken.objects.get().name == "laptop"
 
 
 # --- Cost ---------------------------------------------------------------------------------------
@@ -638,16 +725,21 @@ def test_lists_ask_for_as_much_with_many_rows_as_with_few(
         wake(f"text {number}", f"chat:{number}")
         deliver()
         wake(f"text {number}", f"chat:{number}", agent=agent.pk)
-    hooks()  # read before: in a server a thread keeps it fresh
-    for name in ("session", "systemevent", "heartbeat", "agent"):
+
+    def fresh() -> None:
+        """Read the hooks' part of it before what is counted: in a server a thread does."""
         configuration.gateway.forget()
+        hooks()
+
+    for name in ("session", "systemevent", "heartbeat", "agent"):
+        fresh()
         with django_assert_max_num_queries(9):
             page(admin_client, f"wake_{name}_changelist")
-    configuration.gateway.forget()
+    fresh()
     with django_assert_max_num_queries(11):
         page(admin_client, "index")
     session = Session.objects.filter(agent_id="main").latest("pk")
     for name, key in (("session", session.pk), ("heartbeat", Heartbeat.objects.latest("pk").pk)):
-        configuration.gateway.forget()
+        fresh()
         with django_assert_max_num_queries(12):
             page(admin_client, f"wake_{name}_change", key)

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from datetime import datetime, timedelta
+from typing import Any
 
+from django import forms
 from django.contrib import admin
 from django.contrib.auth.models import Group, User
 from django.http import HttpRequest
 
+from wake import tokens
 from wake.admin.screens import (
     NOTHING,
     ReadOnlyPage,
@@ -18,26 +22,52 @@ from wake.admin.screens import (
 from wake.admin.unfold_bases import (
     AdminPasswordChangeForm,
     GroupPage,
+    ModelForm,
+    UnfoldAdminCheckboxSelectMultipleWidget,
     UserChangeForm,
     UserCreationForm,
     UserPage,
 )
-from wake.models import (
-    GatewayToken,
-    PresenceEntry,
-)
+from wake.management.tokens import gateway_example
+from wake.models import GatewayToken, OperatorScope, PresenceEntry, every_scope
+
+
+class GatewayTokenForm(ModelForm):
+    scopes = forms.MultipleChoiceField(
+        choices=OperatorScope.choices,
+        initial=every_scope,
+        widget=UnfoldAdminCheckboxSelectMultipleWidget,
+        help_text="What the token may be used for.",
+    )
 
 
 @admin.register(GatewayToken)
 class GatewayTokenAdmin(TokenPage):
-    token_prefix = "ocg_"  # noqa: S105 - the beginning of every token, not one
+    form = GatewayTokenForm
+    list_display = ("name", "token", "state", "holds", "created", "expires", "last_used")
 
-    def example(self, request: HttpRequest, token: str) -> str:
-        address = request.build_absolute_uri("/ws").replace("http", "ws", 1)
-        # Not as an argument, which other users of the machine can see.
-        return (
-            f'export OPENCLAW_GATEWAY_TOKEN={token}\nmanage.py system_event "Hello" --url {address}'
+    def get_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
+        may_change = obj is None or self.has_change_permission(request, obj)
+        return (*super().get_fields(request, obj), "scopes" if may_change else "holds")
+
+    def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
+        return (*super().get_readonly_fields(request, obj), "holds")
+
+    def make(self, entered: GatewayToken) -> tuple[GatewayToken, str]:
+        return tokens.create_for_gateway(
+            entered.name, scopes=entered.scopes, expires_at=entered.expires_at
         )
+
+    def replace(self, name: str, *, keep_old: timedelta, now: datetime) -> tuple[GatewayToken, str]:
+        return tokens.rotate_for_gateway(name, keep_old=keep_old, now=now)
+
+    def example(self, request: HttpRequest, row: GatewayToken, token: str) -> str:
+        address = request.build_absolute_uri("/ws").replace("http", "ws", 1)
+        return gateway_example(row, token, address)
+
+    @admin.display(description="scopes")
+    def holds(self, row: GatewayToken) -> str:
+        return tokens.scopes_in_words(row.scopes)
 
 
 @admin.register(PresenceEntry)

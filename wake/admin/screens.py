@@ -11,23 +11,32 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, ClassVar, Final, Literal
 
+from django import forms
 from django.contrib import admin, messages
 from django.contrib.admin import helpers
 from django.contrib.admin.models import CHANGE, LogEntry
-from django.contrib.admin.utils import quote
-from django.core.exceptions import ValidationError
+from django.contrib.admin.utils import quote, unquote
+from django.core.exceptions import PermissionDenied, ValidationError
+from django.db import transaction
 from django.db.models import Model, QuerySet
-from django.http import HttpRequest, HttpResponse, HttpResponseBadRequest, HttpResponseRedirect
+from django.http import (
+    Http404,
+    HttpRequest,
+    HttpResponse,
+    HttpResponseBadRequest,
+    HttpResponseRedirect,
+)
 from django.template.loader import render_to_string
 from django.template.response import TemplateResponse
 from django.templatetags.static import static
-from django.urls import reverse
+from django.urls import URLPattern, path, reverse
 from django.utils import timezone
 from django.utils.html import format_html, format_html_join
 from django.utils.safestring import SafeString
 
 from wake import tokens
-from wake.admin.unfold_bases import ModelAdmin
+from wake.admin.unfold_bases import ModelAdmin, UnfoldAdminRadioSelectWidget
+from wake.durations import format_duration
 from wake.models import HashedToken
 from wake.presentation import counted, exact, first_line, relative
 
@@ -288,19 +297,47 @@ class OneRowPage(Page):
         )
 
 
+KEEP_OLD: Final = {
+    "0": (timedelta(0), "not at all: it is revoked at once"),
+    "1h": (timedelta(hours=1), "1 hour"),
+    "24h": (timedelta(hours=24), "24 hours"),
+    "7d": (timedelta(days=7), "7 days"),
+    "30d": (timedelta(days=30), "30 days"),
+}
+
+
+class RotateForm(forms.Form):
+    """How long the old token still works. `name` is the token's when the form was shown."""
+
+    name = forms.CharField(widget=forms.HiddenInput)
+    keep_old = forms.ChoiceField(
+        choices=[(key, words) for key, (_, words) in KEEP_OLD.items()],
+        initial="24h",
+        label="The old token still works for",
+        widget=UnfoldAdminRadioSelectWidget,
+    )
+
+
 class TokenPage(Page):
     """Bearer tokens: made here, shown once, and known by their hash ever after."""
 
-    token_prefix: ClassVar[str]
     list_display: tuple[str, ...] = ("name", "token", "state", "created", "expires", "last_used")
     list_filter: ClassVar[tuple[Any, ...]] = (("revoked_at", admin.EmptyFieldListFilter),)
     search_fields = ("name", "hint")
-    actions: tuple[str, ...] = ("revoke",)
-    buttons: ClassVar[tuple[str, ...]] = ("revoke",)
+    actions: tuple[str, ...] = ("rotate", "revoke")
+    buttons: ClassVar[tuple[str, ...]] = ("rotate", "revoke")
     fields = ("name", "expires_at")
 
-    def example(self, request: HttpRequest, token: str) -> str:
-        """Return a command line that uses the token."""
+    def make(self, entered: Any) -> tuple[HashedToken, str]:
+        """Store the token of which a form's row was entered."""
+        raise NotImplementedError
+
+    def replace(self, name: str, *, keep_old: timedelta, now: datetime) -> tuple[HashedToken, str]:
+        """Rotate a token; see `wake.tokens.rotate`."""
+        raise NotImplementedError
+
+    def example(self, request: HttpRequest, row: Any, token: str) -> str:
+        """Return a command line that uses the token; an empty one when there is none."""
         raise NotImplementedError
 
     def get_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
@@ -315,10 +352,9 @@ class TokenPage(Page):
         if change:
             super().save_model(request, obj, form, change)
             return
-        made, token = tokens.create(
-            type(obj), obj.name, prefix=self.token_prefix, expires_at=obj.expires_at
-        )
-        obj.pk, obj.new_token = made.pk, token
+        made, token = self.make(obj)
+        # What the admin goes on with becomes the stored row.
+        obj.pk, obj._state, obj.new_token = made.pk, made._state, token
 
     def response_add(
         self, request: HttpRequest, obj: Any, post_url_continue: str | None = None
@@ -328,11 +364,91 @@ class TokenPage(Page):
             obj,
             title=f"{self.opts.verbose_name} {obj.name}".capitalize(),
             secret=obj.new_token,
-            example=self.example(request, obj.new_token),
+            example=self.example(request, obj, obj.new_token),
         )
 
     def buttons_for(self, request: HttpRequest, row: HashedToken) -> tuple[str, ...]:
         return () if row.revoked_at else self.buttons
+
+    def get_urls(self) -> list[Any]:
+        rotate: URLPattern = path(
+            "<path:object_id>/rotate/",
+            self.admin_site.admin_view(self.rotate_view),
+            name=self._rotate_url_name,
+        )
+        return [rotate, *super().get_urls()]
+
+    @property
+    def _rotate_url_name(self) -> str:
+        return f"{self.opts.app_label}_{self.opts.model_name}_rotate"
+
+    def has_rotate_permission(self, request: HttpRequest) -> bool:
+        """Whether the user may replace a token: that makes a new one and ends the old one."""
+        return self.has_operate_permission(request) and self.has_add_permission(request)
+
+    @admin.action(description="Rotate", permissions=["rotate"])
+    def rotate(self, request: HttpRequest, queryset: QuerySet[Any]) -> HttpResponse | None:
+        chosen = list(queryset[:2])
+        if len(chosen) != 1:
+            self.message_user(
+                request, "Choose one token: the new one is shown once.", messages.ERROR
+            )
+            return None
+        (row,) = chosen
+        if row.revoked_at:
+            self.message_user(request, f"Token {row.name} is revoked: add one.", messages.ERROR)
+            return None
+        return self._ask_how_long(request, row, RotateForm(initial={"name": row.name}))
+
+    def rotate_view(self, request: HttpRequest, object_id: str) -> HttpResponse:
+        """Ask how long the old token is to work, or, posted, replace it and show the new one."""
+        row: HashedToken | None = self.get_object(request, unquote(object_id))
+        if row is None:
+            raise Http404("no such token")
+        if not self.has_rotate_permission(request):
+            raise PermissionDenied
+        if request.method != "POST":
+            return self._ask_how_long(request, row, RotateForm(initial={"name": row.name}))
+        form = RotateForm(request.POST)
+        if not form.is_valid():
+            return self._ask_how_long(request, row, form)
+        keep_old, _ = KEEP_OLD[form.cleaned_data["keep_old"]]
+        name = form.cleaned_data["name"]
+        try:
+            with transaction.atomic():
+                old = self.model._default_manager.select_for_update().get(pk=row.pk)
+                # Renamed when it was replaced: of two clicks the second one comes too late.
+                if old.name != name or old.revoked_at is not None:
+                    raise ValidationError(f"Token {name} was replaced or revoked already.")
+                new, token = self.replace(name, keep_old=keep_old, now=timezone.now())
+        except ValidationError as error:
+            self.message_user(request, " ".join(error.messages), messages.ERROR)
+            return HttpResponseRedirect(list_url(self.model))
+        old_words = f"works for {format_duration(keep_old)} more" if keep_old else "is revoked"
+        self.record(request, [new], f"Rotated: the old token {old_words}.")
+        return self.show_once(
+            request,
+            new,
+            title=f"New token {new.name}; the old one {old_words}",
+            secret=token,
+            example=self.example(request, new, token),
+        )
+
+    def _ask_how_long(
+        self, request: HttpRequest, row: HashedToken, form: RotateForm
+    ) -> TemplateResponse:
+        meta = self.opts
+        context = {
+            **self.admin_site.each_context(request),
+            "title": f"Rotate token {row.name}",
+            "opts": self.opts,
+            "form": form,
+            "name": row.name,
+            "action_url": reverse(f"admin:{self._rotate_url_name}", args=[row.pk]),
+            "back_url": reverse(f"admin:{meta.app_label}_{meta.model_name}_change", args=[row.pk]),
+            "expires_at": row.expires_at,
+        }
+        return TemplateResponse(request, "admin/wake/token_rotate.html", context)
 
     @admin.action(description="Revoke", permissions=["operate"])
     def revoke(self, request: HttpRequest, queryset: QuerySet[Any]) -> None:
