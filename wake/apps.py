@@ -11,11 +11,12 @@ class WakeConfig(AppConfig):
     verbose_name = "Wake gateway"
 
     def ready(self) -> None:
-        from wake import checks, configuration  # noqa: F401 - importing registers the checks
+        from wake import checks, configuration, doorbell  # noqa: F401 - importing registers checks
         from wake.models import Agent, GatewaySettings
 
         def forget(**_: Any) -> None:
             configuration.gateway.forget()
+            doorbell.ring()
 
         for model in (Agent, GatewaySettings):
             for signal in (post_save, post_delete):

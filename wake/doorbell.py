@@ -7,7 +7,8 @@ In the same process they hear it directly. From another process they hear it
 * on SQLite by asking `PRAGMA data_version` on a connection of its own: one read of shared memory
   that changes when any other connection commits.
 
-Hearing too often is harmless. Hearing nothing is made good by the listener's own slow poll.
+A ring says which sessions changed, where the way has room for it: on SQLite another process's does
+not. Hearing too often is harmless. Hearing nothing is made good by the listener's own slow poll.
 """
 
 from __future__ import annotations
@@ -17,7 +18,8 @@ import contextlib
 import logging
 import sqlite3
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Collection
+from functools import partial
 from pathlib import Path
 from typing import Any, Final
 
@@ -28,35 +30,45 @@ logger = logging.getLogger(__name__)
 CHANNEL: Final = "openclaw_wake"
 SQLITE_POLL_SECONDS: Final = 0.02
 RECONNECT_SECONDS: Final = 1.0
+# PostgreSQL takes a notification of fewer than 8,000 bytes.
+MAX_NOTIFICATION_CHARACTERS: Final = 7900
 
-_listeners: set[Callable[[], None]] = set()
+# Called with the ids of the sessions that are known to have changed.
+Hear = Callable[[Collection[int]], None]
+
+_listeners: set[Hear] = set()
 _listeners_lock = threading.Lock()
 
 
-def ring() -> None:
-    """Tell the listeners, once the transaction under way is committed."""
+def ring(sessions: Collection[int] = ()) -> None:
+    """Tell the listeners, once the transaction under way is committed.
+
+    `sessions` are the ids of those that it changed, as far as they are known.
+    """
     if connection.vendor == "postgresql":
+        named = ",".join(map(str, sessions))
+        said = named if len(named) <= MAX_NOTIFICATION_CHARACTERS else ""
         with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_notify(%s, '')", [CHANNEL])
-    transaction.on_commit(_tell_this_process)
+            cursor.execute("SELECT pg_notify(%s, %s)", [CHANNEL, said])
+    transaction.on_commit(partial(_tell_this_process, sessions))
 
 
-def _tell_this_process() -> None:
+def _tell_this_process(sessions: Collection[int]) -> None:
     with _listeners_lock:
         listeners = list(_listeners)
     for listener in listeners:
-        listener()
+        listener(sessions)
 
 
 @contextlib.asynccontextmanager
-async def listen(heard: asyncio.Event) -> AsyncIterator[None]:
-    """Set `heard` at every ring. The listener clears it before it looks for work."""
+async def listen(heard: Hear) -> AsyncIterator[None]:
+    """Call `heard` on the event loop at every ring, with the sessions that it names."""
     loop = asyncio.get_running_loop()
 
-    def hear() -> None:
+    def hear(sessions: Collection[int]) -> None:
         # The loop may be closing while another thread rings.
         with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(heard.set)
+            loop.call_soon_threadsafe(heard, sessions)
 
     with _listeners_lock:
         _listeners.add(hear)
@@ -69,7 +81,7 @@ async def listen(heard: asyncio.Event) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def _listen_to_other_processes(hear: Callable[[], None]) -> AsyncIterator[None]:
+async def _listen_to_other_processes(hear: Hear) -> AsyncIterator[None]:
     if connection.vendor == "postgresql":
         task = asyncio.create_task(_listen_on_postgresql(connection.get_connection_params(), hear))
         try:
@@ -93,7 +105,7 @@ async def _listen_to_other_processes(hear: Callable[[], None]) -> AsyncIterator[
         yield
 
 
-async def _listen_on_postgresql(parameters: dict[str, Any], hear: Callable[[], None]) -> None:
+async def _listen_on_postgresql(parameters: dict[str, Any], hear: Hear) -> None:
     import psycopg
 
     # Django's own wrappers for cursors and types are of no use on a connection that only listens.
@@ -108,15 +120,17 @@ async def _listen_on_postgresql(parameters: dict[str, Any], hear: Callable[[], N
                 **wanted, autocommit=True
             ) as listening:
                 await listening.execute(f"LISTEN {CHANNEL}")
-                hear()  # what was rung while nobody listened
-                async for _ in listening.notifies():
-                    hear()
+                hear(())  # what was rung while nobody listened
+                async for notification in listening.notifies():
+                    hear(
+                        [int(named) for named in notification.payload.split(",") if named.isdigit()]
+                    )
         except psycopg.Error as error:
             logger.warning("doorbell: lost the database (%s); trying again", error)
         await asyncio.sleep(RECONNECT_SECONDS)
 
 
-def _watch_sqlite(path: Path, hear: Callable[[], None], stopped: threading.Event) -> None:
+def _watch_sqlite(path: Path, hear: Hear, stopped: threading.Event) -> None:
     while not stopped.is_set():
         try:
             with contextlib.closing(
@@ -127,7 +141,7 @@ def _watch_sqlite(path: Path, hear: Callable[[], None], stopped: threading.Event
                     (version,) = watching.execute("PRAGMA data_version").fetchone()
                     if version != seen:
                         seen = version
-                        hear()
+                        hear(())
         except sqlite3.Error as error:
             logger.warning("doorbell: cannot watch the database (%s); trying again", error)
             stopped.wait(RECONNECT_SECONDS)

@@ -204,7 +204,7 @@ def enqueue(
         Session.objects.bulk_update(
             sessions.values(), ["queued", "attempts", "due_at", "due_reason", "last_event_at"]
         )
-        doorbell.ring()
+        doorbell.ring([session.pk for session in sessions.values()])
     return results
 
 
@@ -329,7 +329,7 @@ def claim(
                     for taken in claims
                 ]
             )
-            doorbell.ring()
+            doorbell.ring([taken.session_id for taken in claims])
     return claims
 
 
@@ -458,7 +458,7 @@ def settle(
         session.batch_through = None
         _give_back(session, claim, now, next_scheduled)
         _finish(claim.run_id, status, now, prompt=prompt, reply=reply)
-        doorbell.ring()
+        doorbell.ring([session.pk])
 
 
 def fail(
@@ -494,7 +494,7 @@ def fail(
             session.last_heartbeat_at = now
             session.save()
         _finish(claim.run_id, HeartbeatStatus.FAILED, now, prompt=prompt, error=error)
-        doorbell.ring()
+        doorbell.ring([session.pk])
 
 
 def release(claim: Claim, *, now: datetime) -> None:
@@ -509,7 +509,7 @@ def release(claim: Claim, *, now: datetime) -> None:
         session.due_at, session.due_reason = now, claim.reason
         session.save()
         _finish(claim.run_id, HeartbeatStatus.RELEASED, now)
-        doorbell.ring()
+        doorbell.ring([session.pk])
 
 
 def backoff(attempt: int) -> timedelta:
@@ -591,7 +591,7 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
     )
     if not expired.exists():
         return 0
-    lost = 0
+    taken_back: list[int] = []
     with transaction.atomic():
         for session in expired.select_for_update(skip_locked=True).order_by("pk"):
             token = session.lease_token
@@ -611,10 +611,10 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
             _finish(
                 token, HeartbeatStatus.LOST, now, error="its process stopped renewing the lease"
             )
-            lost += 1
-        if lost:
-            doorbell.ring()
-    return lost
+            taken_back.append(session.pk)
+        if taken_back:
+            doorbell.ring(taken_back)
+    return len(taken_back)
 
 
 def _dead_letters(session: Session, run_id: UUID, now: datetime) -> int:
@@ -673,7 +673,7 @@ def keep_schedules(schedules: Mapping[SessionKey, datetime | None], *, now: date
         for key, session in sessions.items():
             _put_on_schedule(session, schedules.get(key), now)
         Session.objects.bulk_update(sessions.values(), ["due_at", "due_reason"])
-        doorbell.ring()
+        doorbell.ring([session.pk for session in sessions.values()])
 
 
 def _is_off_schedule(session: Session | None, next_scheduled: datetime | None) -> bool:
@@ -708,7 +708,7 @@ def wake_sessions(session_ids: Collection[int], *, now: datetime) -> int:
         woken = Session.objects.filter(pk__in=locked).update(
             due_at=now, due_reason=DueReason.OPERATOR
         )
-        doorbell.ring()
+        doorbell.ring(locked)
     return woken
 
 
@@ -716,6 +716,7 @@ def requeue(event_ids: Collection[int], *, now: datetime) -> int:
     """Queue dead letters again, in their old order, due now; return how many. For operators."""
     with transaction.atomic():
         moved = 0
+        changed: list[int] = []
         for session, pks in _dead_by_session(event_ids):
             # Somebody else can have requeued or discarded some in between.
             count = SystemEvent.objects.filter(pk__in=pks, state=EventState.DEAD).update(
@@ -729,15 +730,19 @@ def requeue(event_ids: Collection[int], *, now: datetime) -> int:
             _bring_forward(session, Due(now, DueReason.REQUEUE))
             session.save(update_fields=["queued", "due_at", "due_reason"])
             moved += count
-        doorbell.ring()
+            changed.append(session.pk)
+        doorbell.ring(changed)
     return moved
 
 
 def discard(event_ids: Collection[int], *, now: datetime) -> int:
     """Give up dead letters for good; they stay on record. Return how many. For operators."""
-    return SystemEvent.objects.filter(pk__in=event_ids, state=EventState.DEAD).update(
-        state=EventState.DISCARDED, settled_at=now
-    )
+    dead = SystemEvent.objects.filter(pk__in=event_ids, state=EventState.DEAD)
+    with transaction.atomic():
+        changed = list(dead.order_by().values_list("session_id", flat=True).distinct())
+        discarded = dead.update(state=EventState.DISCARDED, settled_at=now)
+        doorbell.ring(changed)
+    return discarded
 
 
 def _dead_by_session(event_ids: Collection[int]) -> list[tuple[Session, list[int]]]:

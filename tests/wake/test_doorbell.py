@@ -40,7 +40,7 @@ async def test_a_ring_is_heard_after_the_commit_and_not_before() -> None:
             loop.call_soon_threadsafe(rung.set)
             asyncio.run_coroutine_threadsafe(commit.wait(), loop).result(5)
 
-    async with doorbell.listen(heard):
+    async with doorbell.listen(lambda _: heard.set()):
         await settle_down(heard)
         working = asyncio.create_task(sync_to_async(work)())
         await rung.wait()
@@ -58,7 +58,7 @@ async def test_a_transaction_that_fails_rings_nothing() -> None:
             doorbell.ring()
             transaction.set_rollback(True)
 
-    async with doorbell.listen(heard):
+    async with doorbell.listen(lambda _: heard.set()):
         await settle_down(heard)
         await sync_to_async(work)()
         assert not await heard_within(heard, 0.1)
@@ -84,7 +84,7 @@ async def test_work_of_another_process_is_heard_at_once() -> None:
                 elsewhere.commit()
 
     heard = asyncio.Event()
-    async with doorbell.listen(heard):
+    async with doorbell.listen(lambda _: heard.set()):
         await settle_down(heard)
         await asyncio.to_thread(work_elsewhere)
         began = time.monotonic()
@@ -94,7 +94,23 @@ async def test_work_of_another_process_is_heard_at_once() -> None:
 
 async def test_a_listener_that_left_hears_nothing() -> None:
     heard = asyncio.Event()
-    async with doorbell.listen(heard):
+    async with doorbell.listen(lambda _: heard.set()):
         await settle_down(heard)
     await sync_to_async(doorbell.ring)()
     assert not await heard_within(heard, 0.1)
+
+
+async def test_a_ring_names_the_sessions_that_changed() -> None:
+    named: asyncio.Queue[set[int]] = asyncio.Queue()
+    async with doorbell.listen(lambda sessions: named.put_nowait(set(sessions))):
+        await sync_to_async(doorbell.ring)([3, 5])
+        while await asyncio.wait_for(named.get(), 5) != {3, 5}:
+            pass
+
+
+async def test_more_sessions_than_a_notification_holds_are_rung_all_the_same() -> None:
+    named: asyncio.Queue[set[int]] = asyncio.Queue()
+    async with doorbell.listen(lambda sessions: named.put_nowait(set(sessions))):
+        await sync_to_async(doorbell.ring)(range(10_000))
+        while await asyncio.wait_for(named.get(), 5) != set(range(10_000)):
+            pass

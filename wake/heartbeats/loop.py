@@ -110,7 +110,7 @@ class HeartbeatLoop:
 
     async def _serve(self) -> None:
         """Start what is due, and wait for the doorbell or the next due time, until stopped."""
-        async with doorbell.listen(self._look_again):
+        async with doorbell.listen(lambda _: self._look_again.set()):
             while not self._stopping.is_set():
                 self._look_again.clear()
                 pause = await self._start_due()
