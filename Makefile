@@ -9,7 +9,7 @@ BIN = $(VENV)/bin
 CONSTRAINTS = .ci/constraints.txt
 PIP_INSTALL = $(BIN)/python -m pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS)
 
-.PHONY: help install run test check constraints clean
+.PHONY: help install run test check docs constraints clean
 help:
 	@echo "make run      install what is needed, migrate, and serve on http://$(HOST):$(PORT)"
 	@echo "make test     install what is needed and run the tests"
@@ -43,6 +43,10 @@ check: $(VENV)/installed-dev
 	$(BIN)/djlint --lint --quiet templates
 	$(BIN)/python manage.py makemigrations --check --dry-run
 	$(BIN)/python manage.py check
+
+# The tables of docs/protocol.md, anew from the code.
+docs: $(VENV)/installed
+	$(BIN)/python -m wake.gateway.reference
 
 # The newest versions that the ranges in pyproject.toml allow, as the new constraints.
 constraints:

@@ -24,6 +24,7 @@ from tests.live import LiveGateway
 from wake.configuration import AgentConfiguration
 from wake.errors import SessionKeyError
 from wake.gateway.methods import METHODS
+from wake.gateway.reference import with_tables
 from wake.heartbeats.prompt import build_prompt
 from wake.heartbeats.runners import Turn
 from wake.heartbeats.runners.http import request_body
@@ -35,6 +36,7 @@ from wake.signing import new_signing_secret, signature_headers
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 CONTRACT = ROOT / "docs" / "contract.md"
+PROTOCOL = ROOT / "docs" / "protocol.md"
 OPERATIONS = ROOT / "docs" / "operations.md"
 PAGES = (README, ROOT / "CHANGELOG.md", *sorted((ROOT / "docs").glob("*.md")))
 
@@ -93,12 +95,15 @@ def test_every_option_of_our_commands_is_in_the_contract() -> None:
             assert option in text, f"{option} of {path.stem}"
 
 
-def test_every_method_of_the_websocket_is_in_the_contract() -> None:
-    described = {row[0].strip("`"): row[1] for row in rows(section(CONTRACT, "## The WebSocket"))}
+def test_the_tables_of_the_protocol_are_what_the_code_declares() -> None:
+    page = PROTOCOL.read_text()
+    assert page == with_tables(page), "make docs writes them anew"
 
-    assert described == {
-        name: method.scope.removeprefix("operator.") for name, method in METHODS.items()
-    }
+
+def test_every_method_says_what_it_answers() -> None:
+    described = {row[0].strip("`"): row[3] for row in rows(section(PROTOCOL, "## Methods"))}
+    assert set(described) == set(METHODS)
+    assert all(described.values())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

@@ -171,6 +171,22 @@ def resolve_session(
     return agent, session
 
 
+def session_to_read(key: str, agent_id: str | None, snapshot: GatewayConfiguration) -> SessionKey:
+    """Return the session that a key means to somebody who only looks, whether it exists or not.
+
+    A full key selects its own agent, which may be disabled; a blank one means the main session.
+    Raises AgentError or SessionKeyError.
+    """
+    selected = (agent_id or "").strip().lower() or session_keys.named_agent(key)
+    agent = selected or snapshot.default_agent
+    if agent not in snapshot.agents:
+        snapshot.agent(agent)  # refuses it by name
+    session = session_keys.canonicalize(
+        key, selected_agent=agent, main_key=snapshot.main_key, scope=snapshot.scope
+    )
+    return session or snapshot.main_session(agent)
+
+
 def _fan_out(
     selected: str | None, agent: str, snapshot: GatewayConfiguration
 ) -> tuple[SessionKey, ...]:

@@ -87,6 +87,15 @@ def canonicalize(
     return SessionKey(agent_id, key)
 
 
+def named_agent(raw: str) -> str | None:
+    """Return the agent that a full key names, in lower case, or None.
+
+    Raises SessionKeyError for a malformed key.
+    """
+    written = raw.strip()
+    return _split(written)[0] if written else None
+
+
 def _split(written: str) -> tuple[str | None, str]:
     """Return the agent that the key names (None if it names none) and what follows it."""
     segments = written.split(":")

@@ -10,8 +10,8 @@ from functools import cache
 from importlib import metadata
 from typing import Any, Final
 
-from django.db.models import Count, OuterRef, Q, QuerySet, Subquery, Sum
-from django.db.models.functions import Coalesce
+from django.db.models import Case, Count, F, OuterRef, Q, QuerySet, Subquery, Sum, When
+from django.db.models.functions import Coalesce, Left
 from django.utils import timezone
 
 from wake import configuration
@@ -60,6 +60,19 @@ def with_counts(agents: QuerySet[Agent], now: datetime) -> QuerySet[Any]:
     return counted
 
 
+def with_dead(sessions: QuerySet[Session]) -> QuerySet[Any]:
+    """Return sessions, each with its number of dead letters as `dead_count`."""
+    dead = (
+        SystemEvent.objects.filter(session=OuterRef("pk"), state=EventState.DEAD)
+        .order_by()
+        .values("session")
+        .annotate(count=Count("pk"))
+        .values("count")
+    )
+    counted: QuerySet[Any] = sessions.annotate(dead_count=Coalesce(Subquery(dead), 0))
+    return counted
+
+
 def uptime_ms() -> int:
     """Return for how many milliseconds this process has been up."""
     return int((time.monotonic() - _started) * 1000)
@@ -77,6 +90,11 @@ def version() -> str:
 def milliseconds(moment: datetime) -> int:
     """Return a moment as Unix time in milliseconds, as the gateway protocol writes it."""
     return int(moment.timestamp() * 1000)
+
+
+def wire_scope(scope: str) -> str:
+    """Return a session scope under the gateway protocol's name for it."""
+    return "per-sender" if scope == "per-agent" else scope
 
 
 def health() -> dict[str, Any]:
@@ -123,18 +141,37 @@ def summary() -> Mapping[str, Any]:
 def last_heartbeat() -> dict[str, Any] | None:
     """Return the newest heartbeat that has ended as the protocol writes it, or None."""
     run = (
-        Heartbeat.objects.filter(finished_at__isnull=False)
+        with_preview(Heartbeat.objects.filter(finished_at__isnull=False))
         .select_related("session")
         .order_by("-started_at")
         .first()
     )
-    if run is None or run.finished_at is None:
-        return None
+    return {**outcome(run), "sessionKey": run.session.key} if run else None
+
+
+def with_preview(heartbeats: QuerySet[Heartbeat]) -> QuerySet[Any]:
+    """Return the heartbeats without their long texts, each with its `preview` as an attribute."""
+    said = Case(When(reply="", then=F("error")), default=F("reply"))
+    shortened: QuerySet[Any] = heartbeats.defer("prompt", "reply", "error").annotate(
+        preview=Left(said, PREVIEW_CHARACTERS)
+    )
+    return shortened
+
+
+def outcome(run: Any) -> dict[str, Any]:
+    """Return what came of one of the heartbeats of `with_preview`, as the protocol writes it.
+
+    `ts` is its end or, while it runs, its start; then `durationMs` is None.
+    """
     return {
-        "ts": milliseconds(run.finished_at),
+        "ts": milliseconds(run.finished_at or run.started_at),
         "status": run.status,
         "reason": run.reason,
-        "preview": (run.reply or run.error)[:PREVIEW_CHARACTERS],
-        "durationMs": int((run.finished_at - run.started_at).total_seconds() * 1000),
-        "sessionKey": run.session.key,
+        "preview": run.preview,
+        "durationMs": duration_ms(run),
     }
+
+
+def duration_ms(run: Heartbeat) -> int | None:
+    """Return how many milliseconds a heartbeat took, or None while it runs."""
+    return None if run.duration is None else int(run.duration.total_seconds() * 1000)

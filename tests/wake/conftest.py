@@ -10,6 +10,7 @@ from django.test.utils import setup_databases, teardown_databases
 from pytest_django import DjangoDbBlocker, Settings
 
 from tests.wake.gateway_server import TOKEN, Wire, connected, serving, stored_rows
+from wake.gateway import hub
 
 _SITE_DATABASE = connection.settings_dict["NAME"]
 
@@ -34,6 +35,8 @@ def _gateway_address(_test_database: None) -> Iterator[str]:
     # The server's threads give their connections up after each use: what is left open would keep
     # the test database from being dropped.
     kept, connection.settings_dict["CONN_MAX_AGE"] = connection.settings_dict["CONN_MAX_AGE"], 0
+    # Nor is the hub to look at the database between two tests.
+    hub.LINGER_SECONDS = 0.5  # type: ignore[misc]
     with serving(application) as url:
         yield url
     connection.settings_dict["CONN_MAX_AGE"] = kept

@@ -16,15 +16,18 @@ from django.db.models import Model
 from websockets.exceptions import ConnectionClosed
 from websockets.sync.client import connect
 
-from wake.gateway.frames import MAX_PAYLOAD_BYTES
+from wake.gateway.frames import MAX_HANDSHAKE_BYTES
 from wake.models import Heartbeat, PresenceEntry, Session, SystemEvent
+from wake.websocket_protocol import GatewayWebSocketProtocol
 
 TOKEN = "the-shared-gateway-token"
 Json = dict[str, Any]
 
 
 @contextmanager
-def serving(application: Any, *, ws_max_size: int = MAX_PAYLOAD_BYTES) -> Iterator[str]:
+def serving(
+    application: Any, *, ws: Any = GatewayWebSocketProtocol, ws_max_size: int = MAX_HANDSHAKE_BYTES
+) -> Iterator[str]:
     """Serve an ASGI application with uvicorn on a thread, and give its ws:// URL."""
     listening = socket.create_server(("127.0.0.1", 0))
     server = uvicorn.Server(
@@ -33,6 +36,7 @@ def serving(application: Any, *, ws_max_size: int = MAX_PAYLOAD_BYTES) -> Iterat
             lifespan="off",
             log_config=None,
             access_log=False,
+            ws=ws,
             ws_max_size=ws_max_size,
             timeout_graceful_shutdown=1,
         )
@@ -54,6 +58,7 @@ class Wire:
         self._opened = connect(
             url, open_timeout=10, close_timeout=1, proxy=None, max_size=None, **options
         )
+        self.numbers: list[int] = []  # of the events that came
         self.connection = self._opened.__enter__()
         self.challenge: Json = self.receive()
 
@@ -70,7 +75,22 @@ class Wire:
 
     def receive(self, seconds: float = 10) -> Json:
         frame: Json = json.loads(self.connection.recv(seconds))
+        if frame["type"] == "event":
+            self.numbers.append(frame["seq"])
         return frame
+
+    def response(self, seconds: float = 10) -> Json:
+        """Return the next response; events before it are passed over."""
+        while (frame := self.receive(seconds))["type"] == "event":
+            pass
+        return frame
+
+    def event(self, name: str, seconds: float = 10) -> Json:
+        """Return the payload of the next such event; other frames before it are passed over."""
+        while (frame := self.receive(seconds)).get("event") != name:
+            pass
+        payload: Json = frame["payload"]
+        return payload
 
     def send(self, frame: object) -> None:
         self.connection.send(frame if isinstance(frame, str | bytes) else json.dumps(frame))
@@ -107,9 +127,9 @@ class Wire:
         return error
 
     def close_code(self, seconds: float = 10) -> int:
-        """Wait for the end, letting nothing come before it, and return its code."""
+        """Wait for the end, letting nothing but events come before it, and return its code."""
         try:
-            frame = self.connection.recv(seconds)
+            frame = self.response(seconds)
         except ConnectionClosed as closed:
             assert closed.rcvd  # noqa: PT017 - a close is what is wanted
             return closed.rcvd.code
@@ -137,9 +157,9 @@ def connect_params(**changes: Any) -> Json:
     return {name: value for name, value in params.items() if value is not None}
 
 
-def connected(url: str, **changes: Any) -> Wire:
-    """Return a connection past its handshake."""
-    wire = Wire(url)
+def connected(url: str, *, options: Json | None = None, **changes: Any) -> Wire:
+    """Return a connection past its handshake; `options` are the library's."""
+    wire = Wire(url, **(options or {}))
     assert wire.payload("connect", connect_params(**changes))["type"] == "hello-ok"
     return wire
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
+import socket
 from collections.abc import Mapping
 from typing import Any
 
@@ -29,10 +30,26 @@ json_values = st.recursive(
     ),
     max_leaves=10,
 )
-_FIELDS = ["mode", "text", "sessionKey", "agentId", "enabled", "host", "reason", "tags", "device"]
+_FIELDS = [
+    *["mode", "text", "sessionKey", "agentId", "enabled", "host", "reason", "tags", "device"],
+    *["key", "search", "limit", "offset", "before", "state", "runId", "minutes"],
+]
 likely_params = st.dictionaries(
     st.sampled_from(_FIELDS),
-    st.sampled_from(["now", "Node: a (b) · mode c", "agent:main:x", "main", "", "agent:ops", 1.5])
+    st.sampled_from(
+        [
+            "now",
+            "Node: a (b) · mode c",
+            "agent:main:x",
+            "main",
+            "",
+            "agent:ops",
+            1.5,
+            7,
+            "\0",
+            "e1h1",
+        ]
+    )
     | json_values,
 )
 requests = st.fixed_dictionaries(
@@ -79,7 +96,7 @@ def test_every_frame_after_hello_has_one_answer(gateway_url: str, sent: list[str
         for frame in sent:
             wire.send(frame)
         for _ in sent:
-            check_response(wire.receive())
+            check_response(wire.response())
         assert wire.payload("health")["ok"] is True
 
 
@@ -92,10 +109,28 @@ def test_a_bad_first_frame_is_answered_at_most_once_and_closed(
         with pytest.raises(ConnectionClosed) as closed:  # noqa: PT012 - where it ends is open
             for frame in sent:
                 wire.send(frame)
-            check_response(wire.receive())
-            wire.receive()
+            check_response(wire.response())
+            wire.response()
         assert closed.value.rcvd
         assert closed.value.rcvd.code == 1008
+
+
+@_settings
+@given(sent=st.lists(st.binary(min_size=1, max_size=40), max_size=5), is_known=st.booleans())
+def test_bytes_that_are_no_websocket_end_their_connection_only(
+    untouched_gateway_url: str, untouched_wire: Wire, sent: list[bytes], is_known: bool
+) -> None:
+    with Wire(untouched_gateway_url) as wire:
+        if is_known:
+            wire.payload("connect", connect_params())
+        with contextlib.suppress(OSError):  # it may be closed half-way
+            for junk in sent:
+                wire.connection.socket.sendall(junk)
+            wire.connection.socket.shutdown(socket.SHUT_WR)
+        with pytest.raises(ConnectionClosed):  # noqa: PT012 - after what there is to say
+            while True:
+                wire.receive(5)
+    assert untouched_wire.payload("health")["ok"] is True
 
 
 @_settings

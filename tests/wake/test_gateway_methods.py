@@ -112,6 +112,7 @@ def test_wake_with_another_key_next_heartbeat_is_woken_at_once(wire: Wire) -> No
 def test_wake_next_heartbeat_with_the_schedule_off_wakes_at_once(wire: Wire) -> None:
     Agent.objects.filter(pk="main").update(heartbeat_every=timedelta(0))
     configuration.gateway.forget()
+    configuration.gateway.forget()
     wire.payload("wake", {"mode": "next-heartbeat", "text": "hello"})
     assert woken_now() == {MAIN}
 
@@ -176,6 +177,7 @@ def test_a_key_of_another_agent_is_taken_when_it_is_selected(wire: Wire, ops: Ag
 
 def test_a_full_session_is_unavailable_for_a_while(gateway_url: str) -> None:
     GatewaySettings.objects.update(max_queued_events=1)
+    configuration.gateway.forget()
     with connected(gateway_url) as wire:
         wire.payload("wake", {"mode": "now", "text": "one"})
         error = wire.error("wake", {"mode": "now", "text": "two"})
@@ -345,6 +347,7 @@ def test_a_refused_system_event_leaves_nothing(
 
 def test_news_that_could_not_be_queued_is_news_again(gateway_url: str) -> None:
     GatewaySettings.objects.update(max_queued_events=1)
+    configuration.gateway.forget()
     with connected(gateway_url) as wire:
         wire.payload("wake", {"mode": "now", "text": "one"})
         assert wire.error("system-event", {"text": "Node: desk"})["code"] == "UNAVAILABLE"
@@ -359,7 +362,7 @@ def test_the_same_news_from_two_connections_is_one_event(gateway_url: str) -> No
         for n in range(10):
             for at, wire in enumerate((one, other)):
                 wire.ask("system-event", {"text": f"Node: {n} seen by {at}", "host": f"h{n}"})
-        payloads = [wire.receive()["payload"] for wire in (one, other) for _ in range(10)]
+        payloads = [wire.response()["payload"] for wire in (one, other) for _ in range(10)]
     assert sum("eventId" in payload for payload in payloads) == 10
 
 
@@ -507,7 +510,7 @@ def test_a_malformed_frame_is_answered_and_the_connection_stays(untouched_wire: 
     ]
     for frame, request_id, problem in frames:
         untouched_wire.send(frame)
-        assert untouched_wire.receive() == {
+        assert untouched_wire.response() == {
             "type": "res",
             "id": request_id,
             "ok": False,
@@ -545,12 +548,21 @@ def test_a_slow_request_does_not_block_the_next(
     assert untouched_wire.response_to(slow)["payload"] == "held"
 
 
+def test_slow_requests_of_one_connection_leave_threads_for_others(
+    untouched_wire: Wire, untouched_gateway_url: str, gate: threading.Event
+) -> None:
+    for _ in range(MAX_REQUESTS_IN_FLIGHT):
+        untouched_wire.ask("hold")
+    with connected(untouched_gateway_url) as other:
+        assert other.payload("health")["ok"] is True
+
+
 def test_requests_in_flight_are_bounded(untouched_wire: Wire, gate: threading.Event) -> None:
     held = {untouched_wire.ask("hold") for _ in range(MAX_REQUESTS_IN_FLIGHT)}
     error = untouched_wire.error("hold")
     assert (error["code"], error["retryable"], error["retryAfterMs"]) == ("UNAVAILABLE", True, 1000)
     gate.set()
-    assert {untouched_wire.receive()["id"] for _ in range(MAX_REQUESTS_IN_FLIGHT)} == held
+    assert {untouched_wire.response()["id"] for _ in range(MAX_REQUESTS_IN_FLIGHT)} == held
     assert untouched_wire.payload("health")["ok"] is True
 
 

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from django.contrib import admin, messages
-from django.db.models import Count, F, OuterRef, QuerySet, Subquery
-from django.db.models.functions import Coalesce
+from django.db.models import F, QuerySet
 from django.http import HttpRequest
 from django.utils import timezone
 from django.utils.html import format_html
@@ -28,14 +27,10 @@ from wake.admin.tables import (
     events_table,
     heartbeats_table,
 )
-from wake.models import (
-    Agent,
-    EventState,
-    Session,
-    SystemEvent,
-)
+from wake.models import Agent, Session
 from wake.presentation import counted, exact
 from wake.session_states import SessionState, hold_reason, sentences, with_state
+from wake.status import with_dead
 
 
 class SessionStateFilter(admin.SimpleListFilter):
@@ -87,18 +82,9 @@ class SessionAdmin(ReadOnlyPage):
     )
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        dead = (
-            SystemEvent.objects.filter(session=OuterRef("pk"), state=EventState.DEAD)
-            .order_by()
-            .values("session")
-            .annotate(count=Count("pk"))
-            .values("count")
+        return with_dead(
+            with_state(super().get_queryset(request), configuration.gateway(), timezone.now())
         )
-        sessions = with_state(
-            super().get_queryset(request), configuration.gateway(), timezone.now()
-        )
-        counted_too: QuerySet[Any] = sessions.annotate(dead_count=Coalesce(Subquery(dead), 0))
-        return counted_too
 
     def tables_for(self, row: Session) -> list[Table]:
         return [

@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import time
 from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any, Final, ParamSpec, TypeVar
 from uuid import uuid4
 
+import msgspec
 from channels.consumer import AsyncConsumer  # type: ignore[import-untyped]
 from channels.exceptions import StopConsumer  # type: ignore[import-untyped]
-from django.db import DatabaseError
+from django.conf import settings
+from django.http import parse_cookie
 from django.utils import timezone
 
-from wake import configuration, status
-from wake.gateway import device_proof, frames, handshake, methods, presence, scopes
+from wake import status
+from wake.gateway import (
+    credentials,
+    device_proof,
+    frames,
+    handshake,
+    hub,
+    methods,
+    presence,
+    scopes,
+)
 from wake.gateway.frames import (
     Error,
     Event,
@@ -32,16 +42,19 @@ from wake.gateway.handshake import CLOSE_POLICY_VIOLATION, HandshakeRefused
 from wake.gateway.methods import Caller
 from wake.gateway.outbox import Outbox
 from wake.threads import call_in
+from wake.websocket_protocol import EXTENSION, Control
 
 logger = logging.getLogger(__name__)
 
 CLOSE_TOO_BIG: Final = 1009
+CLOSE_SERVICE_RESTART: Final = 1012
 CLOSE_TRY_AGAIN_LATER: Final = 1013
 # A close frame holds at most 123 bytes of reason.
 MAX_REASON_CHARACTERS: Final = 120
-CREDENTIAL_ENDED: Final = "unauthorized: gateway token revoked or expired"
 MAX_REQUESTS_IN_FLIGHT: Final = 64
-DATABASE_THREADS: Final = 8
+DATABASE_THREADS: Final = 12
+# One connection's requests take no more of the threads than this at a time.
+THREADS_EACH: Final = 4
 
 # Methods wait for the database here, never on the event loop, and not on the one thread that
 # Django shares among all its synchronous views.
@@ -64,30 +77,40 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
     come out of order.
     """
 
-    # No channel layer: nothing is broadcast yet, and what a connection does not use (Redis, it may
-    # be) cannot end it.
+    # No channel layer: what is told comes from the database, through the hub, and what a connection
+    # does not use (Redis, it may be) cannot end it.
     channel_layer_alias = ""
+
+    caller: Caller
+    report: presence.Report | None = None
 
     def __init__(
         self,
         *,
         handshake_seconds: float = frames.HANDSHAKE_SECONDS,
         tick_seconds: float = frames.TICK_SECONDS,
+        max_buffered_bytes: int = frames.MAX_BUFFERED_BYTES,
     ) -> None:
         self._handshake_seconds = handshake_seconds
         self._tick_seconds = tick_seconds
+        self._max_buffered_bytes = max_buffered_bytes
         self._id = str(uuid4())
         self._nonce = str(uuid4())
         self._sequence = 0
-        self._caller: Caller | None = None
+        self._is_known = False
+        self._turns = asyncio.Semaphore(THREADS_EACH)
         self._requests: set[asyncio.Task[None]] = set()
         self._companions: list[asyncio.Task[None]] = []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        self._outbox = Outbox(send, frames.MAX_BUFFERED_BYTES)
+        self._control: Control | None = scope.get("extensions", {}).get(EXTENSION)
+        drop = self._control.drop if self._control else None
+        self._hub = hub.of_this_loop()
+        self._outbox = Outbox(send, self._max_buffered_bytes, drop)
         try:
             await super().__call__(scope, receive, send)
         finally:
+            self._hub.remove(self)
             tasks = [*self._requests, *self._companions]
             for task in tasks:
                 task.cancel()
@@ -108,10 +131,7 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         await self.send({"type": "websocket.accept"})
         self._accompany(self._outbox.run())
         self._accompany(self._end_without_handshake())
-        self._tell(
-            "connect.challenge",
-            {"nonce": self._nonce, "ts": status.milliseconds(timezone.now())},
-        )
+        self._tell("connect.challenge", {"nonce": self._nonce, "ts": _now_ms()})
 
     async def websocket_receive(self, message: dict[str, Any]) -> None:
         """Take one frame: a part of the handshake, or a request."""
@@ -119,48 +139,51 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
             return
         text = message.get("text")
         data = text.encode() if text is not None else message.get("bytes") or b""
-        limit = frames.MAX_PAYLOAD_BYTES if self._caller else frames.MAX_HANDSHAKE_BYTES
+        limit = frames.MAX_PAYLOAD_BYTES if self._is_known else frames.MAX_HANDSHAKE_BYTES
         if len(data) > limit:
-            self._close(CLOSE_TOO_BIG, f"frame over {limit} bytes")
-        elif self._caller is None:
-            await self._shake_hands(data, is_text=text is not None)
+            self.end(CLOSE_TOO_BIG, f"frame over {limit} bytes")
+        elif self._is_known:
+            self._take_request(data, is_text=text is not None)
         else:
-            self._take_request(data, self._caller, is_text=text is not None)
+            await self._shake_hands(data, is_text=text is not None)
+
+    async def websocket_shutdown(self, message: dict[str, Any]) -> None:
+        """Say why it ends here: the process is asked to stop."""
+        if self._is_known:
+            self._tell("shutdown", {"reason": "the gateway stops"})
+        self.end(CLOSE_SERVICE_RESTART, "service restart")
 
     async def websocket_disconnect(self, message: dict[str, Any]) -> None:
         raise StopConsumer
 
     async def _end_without_handshake(self) -> None:
         await asyncio.sleep(self._handshake_seconds)
-        if self._caller is None:
-            self._close(CLOSE_POLICY_VIOLATION, "handshake timeout")
+        if not self._is_known:
+            self.end(CLOSE_POLICY_VIOLATION, "handshake timeout")
 
-    async def _tick(self, caller: Caller) -> None:
-        """Tell the client regularly that the gateway is there, while it may be told anything."""
+    async def _tick(self) -> None:
+        """Tell the client regularly that the gateway is there."""
         while not self._outbox.closed:
             await asyncio.sleep(self._tick_seconds)
-            self._tell("tick", {"ts": status.milliseconds(timezone.now())})
-            with contextlib.suppress(DatabaseError):  # not known now: the next request asks again
-                if not await in_database(handshake.is_in_force, caller.credential, timezone.now()):
-                    self._close(CLOSE_POLICY_VIOLATION, CREDENTIAL_ENDED)
+            self._tell("tick", {"ts": _now_ms()})
 
     # --- The handshake --------------------------------------------------------------------------
 
     async def _shake_hands(self, data: bytes, *, is_text: bool) -> None:
         """Answer the first frame: with hello-ok, or with why not and a close."""
         if not is_text:
-            self._close(CLOSE_POLICY_VIOLATION, "binary frames are not supported")
+            self.end(CLOSE_POLICY_VIOLATION, "binary frames are not supported")
             return
         try:
             request = decode_request(data)
         except NotJson:
-            self._close(CLOSE_POLICY_VIOLATION, "not JSON")
+            self.end(CLOSE_POLICY_VIOLATION, "not JSON")
             return
         except InvalidFrame as error:
             message = f"invalid request frame: {error}"
             if error.id != frames.UNKNOWN_ID:  # else there is nothing to answer on
                 self._fail(error.id, Error(code="INVALID_REQUEST", message=message))
-            self._close(CLOSE_POLICY_VIOLATION, message)
+            self.end(CLOSE_POLICY_VIOLATION, message)
             return
         try:
             await self._say_hello(request)
@@ -182,17 +205,27 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         except InvalidFrame as error:
             raise HandshakeRefused(f"invalid connect params: {error}") from None
         protocol = handshake.agree_on_protocol(params)
-        handshake.check_origin(self._header(b"origin"), self._header(b"host") or "")
-        device_proof.verify(params, nonce=self._nonce, now_ms=int(time.time() * 1000))
-        credential = await in_database(handshake.authenticate, params.auth, timezone.now())
+        origin, host = self._header(b"origin"), self._header(b"host") or ""
+        handshake.check_origin(origin, host)
+        device_proof.verify(params, nonce=self._nonce, now_ms=_now_ms())
+        credential = await in_database(
+            credentials.authenticate,
+            params.auth,
+            self._session_key() if handshake.is_own_page(origin, host) else "",
+            timezone.now(),
+        )
         granted = scopes.grant(params.scopes, credential.scopes)
+        await self._hub.ready()
         hello = frames.HelloOk(
             protocol=protocol,
             server=frames.Server(version=status.version(), conn_id=self._id),
-            features=frames.Features(methods=sorted(methods.METHODS), events=frames.EVENTS),
-            snapshot=await in_database(_snapshot),
+            features=frames.Features(methods=sorted(methods.METHODS), events=list(frames.EVENTS)),
+            snapshot=await self._hub.snapshot(),
             auth=frames.Granted(role=params.role, scopes=granted),
-            policy=frames.Policy(tick_interval_ms=int(self._tick_seconds * 1000)),
+            policy=frames.Policy(
+                max_buffered_bytes=self._max_buffered_bytes,
+                tick_interval_ms=int(self._tick_seconds * 1000),
+            ),
         )
         logger.info(
             "gateway: connection %s of %s with %s",
@@ -200,9 +233,23 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
             params.client.id[:100],
             credential.name,
         )
+        if self._control:
+            self._control.limit_messages(frames.MAX_PAYLOAD_BYTES)
         self._answer(request.id, hello)
-        self._caller = caller = Caller(self._id, credential, granted)
-        self._accompany(self._tick(caller))
+        # From here on, what it was not granted may be lost without an end.
+        self.caller = Caller(self._id, replace(credential, scopes=granted), granted)
+        self.report = presence.of_client(params, self._id, self._address(), granted)
+        self._is_known = True
+        self._hub.add(self)
+        self._accompany(self._tick())
+
+    def _session_key(self) -> str:
+        cookies = parse_cookie(self._header(b"cookie") or "")
+        return cookies.get(settings.SESSION_COOKIE_NAME, "")
+
+    def _address(self) -> str:
+        client = self.scope.get("client")
+        return str(client[0]) if client else ""
 
     def _header(self, name: bytes) -> str | None:
         return next(
@@ -211,7 +258,7 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
 
     # --- Requests -------------------------------------------------------------------------------
 
-    def _take_request(self, data: bytes, caller: Caller, *, is_text: bool) -> None:
+    def _take_request(self, data: bytes, *, is_text: bool) -> None:
         """Start the task that answers a frame, or refuse it at once; the connection stays."""
         try:
             if not is_text:
@@ -224,15 +271,15 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         if len(self._requests) >= MAX_REQUESTS_IN_FLIGHT:
             self._fail(request.id, methods.TOO_MANY_REQUESTS)
             return
-        task = asyncio.create_task(self._serve(request, caller))
+        task = asyncio.create_task(self._serve(request))
         self._requests.add(task)
         task.add_done_callback(self._requests.discard)
 
-    async def _serve(self, request: Request, caller: Caller) -> None:
+    async def _serve(self, request: Request) -> None:
         try:
-            self._answer(request.id, await in_database(_call, request, caller))
-        except HandshakeRefused as refused:
-            self._refuse(request.id, refused.error, refused.close_code)
+            async with self._turns:
+                payload = await in_database(methods.call, request, self.caller)
+            self._answer(request.id, payload)
         except Exception as error:
             self._fail(request.id, methods.to_error(error))
 
@@ -248,6 +295,10 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
     def _fail(self, request_id: str, error: Error) -> None:
         self._put(Response(id=request_id, ok=False, error=error))
 
+    def tell(self, event: str, payload: msgspec.Raw) -> None:
+        """Send an event whose payload is encoded already."""
+        self._tell(event, payload)
+
     def _tell(self, event: str, payload: object) -> None:
         self._sequence += 1
         self._put(Event(event=event, payload=payload, seq=self._sequence))
@@ -257,38 +308,14 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
 
     def _refuse(self, request_id: str, error: Error, close_code: int) -> None:
         self._fail(request_id, error)
-        self._close(close_code, error.message)
+        self.end(close_code, error.message)
 
-    def _close(self, code: int, reason: str) -> None:
+    def end(self, code: int, reason: str) -> None:
+        """Close the connection after what was sent before. Only the first close counts."""
         self._outbox.close(
             code, ascii(reason[:MAX_REASON_CHARACTERS])[1:-1][:MAX_REASON_CHARACTERS]
         )
 
 
-def _call(request: Request, caller: Caller) -> object:
-    """Call a method for a caller whose credential is still in force; else HandshakeRefused."""
-    if not handshake.is_in_force(caller.credential, timezone.now()):
-        raise HandshakeRefused(CREDENTIAL_ENDED)
-    return methods.call(request, caller)
-
-
-def _snapshot() -> frames.Snapshot:
-    """Return what a client is told at its start. Reads the database."""
-    settings = configuration.gateway()
-    health = status.health()
-    nodes = presence.entries()
-    return frames.Snapshot(
-        presence=nodes,
-        health=health,
-        # Times of the newest change: they grow, and are the same in all processes.
-        state_version=frames.StateVersion(
-            presence=max((node["ts"] for node in nodes), default=0), health=health["ts"]
-        ),
-        uptime_ms=status.uptime_ms(),
-        session_defaults=frames.SessionDefaults(
-            default_agent_id=settings.default_agent,
-            main_key=settings.main_key,
-            main_session_key=settings.main_session(settings.default_agent).key,
-            scope=methods.wire_scope(settings.scope),
-        ),
-    )
+def _now_ms() -> int:
+    return status.milliseconds(timezone.now())

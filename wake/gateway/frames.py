@@ -26,7 +26,37 @@ MAX_BUFFERED_BYTES: Final = 50 * 1024 * 1024
 TICK_SECONDS: Final = 30.0
 HANDSHAKE_SECONDS: Final = 15.0
 
-EVENTS: Final = ("connect.challenge", "tick")
+# What the gateway tells by itself: to whom and when, and the payload.
+EVENTS: Final = {
+    "connect.challenge": (
+        "everyone, first of all",
+        "`nonce`, which a device signs, and `ts`",
+    ),
+    "tick": ("everyone, every `tickIntervalMs`", "`ts`"),
+    "presence": (
+        "who may read, when somebody comes, goes or changes, and every minute",
+        "`presence`: the list that `system-presence` answers",
+    ),
+    "health": (
+        "who may read, when the queue or the agents change, and every minute",
+        "what `health` answers",
+    ),
+    "heartbeat": (
+        "who may read, at the start and at the end of every run",
+        "`runId`, `sessionKey`, `agentId`, `status` (`running` at the start), `reason`, `attempt`, "
+        "`eventCount`, `durationMs` and `preview` (null and empty at the start), `ts`",
+    ),
+    "sessions.changed": (
+        "who asked for it with `sessions.subscribe`",
+        "`sessionKey`, `agentId`, `reason` (`event`, `heartbeat` or `changed`), `ts`, and "
+        "`session` as in `sessions.list`; or `reason` `many` and `ts` alone: list again",
+    ),
+    "session.message": (
+        "who follows the session with `sessions.messages.subscribe`",
+        "`sessionKey`, `agentId`, and `item`: an event or a heartbeat as in `sessions.history`",
+    ),
+    "shutdown": ("everyone, before the gateway stops", "`reason`"),
+}
 
 NonEmpty = Annotated[str, Meta(min_length=1)]
 
@@ -247,12 +277,12 @@ def describe(error: msgspec.DecodeError | RecursionError, expected: type[msgspec
     path = ".".join(part for part in (at and at["path"], missing and missing["field"]) if part)
     if not path:
         return "must be an object"
-    is_required, expectation = _expectation(expected, path)
-    return f"{path} ({expectation}) required" if is_required else f"{path} must be: {expectation}"
+    is_required, words = expectation(expected, path)
+    return f"{path} ({words}) required" if is_required else f"{path} must be: {words}"
 
 
 @lru_cache(maxsize=256)
-def _expectation(expected: type[msgspec.Struct], path: str) -> tuple[bool, str]:
+def expectation(expected: type[msgspec.Struct], path: str) -> tuple[bool, str]:
     """Return whether the field at `path` is required, and what it must be, in words."""
     found: types.Type = types.type_info(expected)
     is_required = False
@@ -289,6 +319,8 @@ def _words(found: types.Type) -> str:
     if isinstance(found, types.ListType):
         limit = f"at most {found.max_length} " if found.max_length else ""
         return f"array of {limit}strings"
+    if isinstance(found, types.IntType) and found.ge is not None:
+        return f"integer from {found.ge} to {found.le}" if found.le else f"integer from {found.ge}"
     return {
         types.BoolType: "boolean",
         types.IntType: "integer",

@@ -12,18 +12,26 @@ logger = logging.getLogger(__name__)
 Message = Mapping[str, Any]
 
 CLOSE_POLICY_VIOLATION: Final = 1008
+SLOW_CONSUMER: Final = "slow consumer"
 
 
 class Outbox:
     """Takes frames at once and hands them to the server as fast as the client reads.
 
-    A client that does not read fills it up; over `limit` characters its connection is closed.
+    A client that does not read fills it up; over `limit` characters its connection is dropped:
+    by `drop(code, reason)`, which waits for nothing, where the server has such a thing.
     After a close nothing more is taken.
     """
 
-    def __init__(self, send: Callable[[Message], Awaitable[None]], limit: int) -> None:
+    def __init__(
+        self,
+        send: Callable[[Message], Awaitable[None]],
+        limit: int,
+        drop: Callable[[int, str], None] | None = None,
+    ) -> None:
         self._send = send
         self._limit = limit
+        self._drop = drop
         self._buffered = 0
         self._closed = False
         self._messages: asyncio.Queue[Message] = asyncio.Queue()
@@ -41,7 +49,9 @@ class Outbox:
         if self._buffered > self._limit:
             # What waits is given up: the client is to hear of the end, not of the past.
             self._messages = asyncio.Queue()
-            self.close(CLOSE_POLICY_VIOLATION, "slow consumer")
+            self.close(CLOSE_POLICY_VIOLATION, SLOW_CONSUMER)
+            if self._drop:
+                self._drop(CLOSE_POLICY_VIOLATION, SLOW_CONSUMER)
             return
         self._messages.put_nowait({"type": "websocket.send", "text": text})
 

@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable
 from typing import Final
 
-READ: Final = "operator.read"
-WRITE: Final = "operator.write"
-ADMIN: Final = "operator.admin"
+from wake.models import OperatorScope
+
+READ: Final = OperatorScope.READ.value
+WRITE: Final = OperatorScope.WRITE.value
+ADMIN: Final = OperatorScope.ADMIN.value
 ALL: Final = (ADMIN, READ, WRITE)
 
 _PREFIX = "operator."

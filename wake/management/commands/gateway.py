@@ -26,7 +26,7 @@ from uvicorn.supervisors import Multiprocess
 
 from hooks.models import HookToken
 from wake import tokens
-from wake.gateway.frames import MAX_PAYLOAD_BYTES
+from wake.gateway.frames import MAX_HANDSHAKE_BYTES
 from wake.lifespan import HEARTBEATS_VARIABLE
 from wake.limits import raise_open_files_limit
 from wake.models import GatewaySettings, GatewayToken
@@ -149,7 +149,7 @@ def _first_run() -> dict[str, str]:
         users.create_superuser("admin", password=password)
         made |= {"admin user": "admin", "admin password": password}
     if not settings.OPENCLAW_GATEWAY_TOKEN and not GatewayToken.objects.exists():
-        _, made["gateway token"] = tokens.create(GatewayToken, "first start", prefix="ocg_")
+        _, made["gateway token"] = tokens.create_for_gateway("first start")
     if not settings.OPENCLAW_HOOKS_TOKEN and not HookToken.objects.exists():
         _, made["hook token"] = tokens.create(HookToken, "first start", prefix="och_")
     return made
@@ -181,13 +181,15 @@ def _serve(listening: socket.socket, workers: int) -> None:
         "openclaw_site.asgi:application",
         workers=workers,
         http="wake.http_protocol:BoundedHeadProtocol",
+        ws="wake.websocket_protocol:GatewayWebSocketProtocol",
         lifespan="on",
         log_config=None,
         access_log=False,
         server_header=False,
         proxy_headers=bool(settings.TRUSTED_PROXIES),
         forwarded_allow_ips=settings.TRUSTED_PROXIES,
-        ws_max_size=MAX_PAYLOAD_BYTES,
+        # Until a client is known; the connection raises it then.
+        ws_max_size=MAX_HANDSHAKE_BYTES,
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     if workers > 1:
