@@ -1,10 +1,11 @@
-"""The admin's sidebar: which pages there are, in which groups, and who sees them."""
+"""The admin's sidebar: which pages there are, in which groups, and who sees them; and its icon."""
 
 from __future__ import annotations
 
 from typing import Any, Final
 
 from django.http import HttpRequest
+from django.templatetags.static import static
 from django.urls import reverse
 
 # Group, then title, icon (Material Symbols), application and model of each page in it. A page that
@@ -50,8 +51,12 @@ GROUPS: Final[tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = (
 
 def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
     """Return the sidebar as Unfold reads it, with the pages that this user may open."""
-    overview = {"title": "How things stand", "icon": "monitoring", "link": reverse("admin:index")}
-    groups: list[dict[str, Any]] = [{"title": "", "items": [overview]}]
+    everybody = [
+        {"title": "How things stand", "icon": "monitoring", "link": reverse("admin:index")},
+        # Every address begins with its own, `/`, which would mark it as the page one is on.
+        {"title": "Console", "icon": "cell_tower", "link": reverse("console"), "active": False},
+    ]
+    groups: list[dict[str, Any]] = [{"title": "", "items": everybody}]
     for group, pages in GROUPS:
         items = [
             {"title": title, "icon": icon, "link": _address(application, model, *name)}
@@ -61,6 +66,11 @@ def sidebar(request: HttpRequest) -> list[dict[str, Any]]:
         if items:
             groups.append({"title": group, "separator": True, "items": items})
     return groups
+
+
+def icon(request: HttpRequest) -> str:
+    """Return the address of the site's icon."""
+    return static("wake/icon.svg")
 
 
 def _address(application: str, model: str, name: str = "") -> str:

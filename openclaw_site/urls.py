@@ -1,16 +1,16 @@
 from django.contrib import admin
 from django.urls import path, register_converter
-from django.views.generic import RedirectView
 
 from hooks.paths import HookPathConverter
 from hooks.schema import DescriptionPage, DescriptionView
 from hooks.views import HookView
+from wake.views import console
 
 admin.autodiscover()
 register_converter(HookPathConverter, "hook_path")
 
 urlpatterns = [
-    path("", RedirectView.as_view(pattern_name="admin:index")),
+    path("", console, name="console"),
     path("admin/", admin.site.urls),
     path("api/", DescriptionPage.as_view(), name="api"),
     path("api/schema/", DescriptionView.as_view(), name="schema"),

@@ -2,59 +2,34 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from playwright.sync_api import Page, expect, sync_playwright
+from playwright.sync_api import Page, expect
 
+from tests.browser import chromium, needs_chromium, sign_in, take_pictures
 from tests.live import LiveGateway
 
-CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-sync"]
-
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="Chromium is not installed")
+pytestmark = needs_chromium
 
 
 @pytest.fixture
 def page(live_gateway: LiveGateway) -> Iterator[Page]:
     """A page that is signed in as the administrator of the first start."""
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        page = browser.new_page(base_url=live_gateway.url)
-        page.set_default_timeout(8000)
-        page.goto("/")
-        page.get_by_label("Username").fill("admin")
-        page.get_by_label("Password").fill(live_gateway.admin_password)
-        page.get_by_role("button", name="Log in").click()
+    with chromium(live_gateway) as browser:
+        page = browser.new_page()
+        page.goto("/admin/")
+        sign_in(page, "admin", live_gateway.admin_password)
         expect(page.get_by_role("heading", name="How things stand")).to_be_visible()
         yield page
-        browser.close()
 
 
 @pytest.fixture
 def screenshot(page: Page) -> Callable[[str], None]:
-    """Keep pictures of the page, light and dark, wide and narrow, in the directory SCREENSHOTS."""
-    directory = os.environ.get("SCREENSHOTS")
-
-    def take(name: str) -> None:
-        if not directory:
-            return
-        for scheme in ("light", "dark"):
-            page.evaluate(
-                "dark => document.documentElement.classList.toggle('dark', dark)", scheme == "dark"
-            )
-            for width in (1280, 390):
-                page.set_viewport_size({"width": width, "height": 900})
-                picture = Path(directory) / f"{name}-{scheme}-{width}.png"
-                page.screenshot(path=picture, full_page=True)
-        page.evaluate("document.documentElement.classList.remove('dark')")
-        page.set_viewport_size({"width": 1280, "height": 900})
-
-    return take
+    """Keep pictures of the page; see `take_pictures`."""
+    return lambda name: take_pictures(page, name)
 
 
 def test_a_dead_letter_is_found_and_requeued_once_its_agent_is_well(
