@@ -381,6 +381,8 @@ class Heartbeat(models.Model):
         indexes: ClassVar = [
             # The gateway's last-heartbeat method, and the admin's list.
             models.Index(F("started_at").desc(), name="heartbeat_started"),
+            # activity.last_minutes: what ended in a minute.
+            models.Index(fields=["finished_at"], name="heartbeat_finished"),
         ]
 
     def __str__(self) -> str:

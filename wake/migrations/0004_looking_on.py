@@ -1,8 +1,9 @@
-"""On PostgreSQL, indexes for what is newest in one session: its history, and its last heartbeat.
+"""Indexes for looking on: what ended in a minute, and what is newest in one session.
 
-The index of a foreign key holds the session alone, so that PostgreSQL reads either every row of the
-session or, from the newest one on, those of all sessions. On SQLite every index ends with the id,
-and one more like this would be taken for the queue's partial indexes.
+The latter, for a session's history and its last heartbeat, on PostgreSQL only: its index of a
+foreign key holds the session alone, so that it reads either every row of the session or, from the
+newest one on, those of all sessions. On SQLite every index ends with the id, and one more like this
+would be taken for the queue's partial indexes.
 """
 
 from __future__ import annotations
@@ -32,4 +33,9 @@ def remove(apps: Apps, editor: BaseDatabaseSchemaEditor) -> None:
 class Migration(migrations.Migration):
     dependencies = [("wake", "0003_gateway_token_scopes")]
 
-    operations = [migrations.RunPython(add, remove)]
+    operations = [
+        migrations.AddIndex(
+            "heartbeat", models.Index(fields=["finished_at"], name="heartbeat_finished")
+        ),
+        migrations.RunPython(add, remove),
+    ]
