@@ -28,7 +28,7 @@ from wake.admin.unfold_bases import (
     UserCreationForm,
     UserPage,
 )
-from wake.management.tokens import gateway_example
+from wake.gateway import example
 from wake.models import GatewayToken, OperatorScope, PresenceEntry, every_scope
 
 
@@ -63,7 +63,7 @@ class GatewayTokenAdmin(TokenPage):
 
     def example(self, request: HttpRequest, row: GatewayToken, token: str) -> str:
         address = request.build_absolute_uri("/ws").replace("http", "ws", 1)
-        return gateway_example(row, token, address)
+        return example.command_line(row, token, address)
 
     @admin.display(description="scopes")
     def holds(self, row: GatewayToken) -> str:

@@ -1,9 +1,8 @@
-"""What the commands `hook_tokens` and `gateway_tokens` share, and a line to try a gateway token."""
+"""What the commands `hook_tokens` and `gateway_tokens` share."""
 
 from __future__ import annotations
 
 import argparse
-import shlex
 from datetime import UTC, datetime, timedelta
 from typing import Any, ClassVar, Generic
 
@@ -15,9 +14,8 @@ from django.db.models import QuerySet
 from django.utils import timezone
 
 from wake.durations import format_duration, parse_duration
-from wake.gateway import scopes
 from wake.management.terminal import one_line, printable, show, text
-from wake.models import GatewayToken, HashedToken
+from wake.models import HashedToken
 from wake.tokens import TokenModel, is_usable, revoke
 
 
@@ -164,17 +162,6 @@ class TokensCommand(BaseCommand, Generic[TokenModel]):
         replaced = ", and with it what it replaced" if len(revoked) > 1 else ""
         what = f'{self._kind.capitalize()} "{name}"'
         self.stdout.write(printable(f"{what} is revoked{replaced}."))
-
-
-def gateway_example(row: GatewayToken, token: str, url: str) -> str:
-    """Return a command line that tries a gateway token at `url`, or none: it may not send events.
-
-    The token is no argument, which other users of the machine could see.
-    """
-    if not scopes.includes(row.scopes, scopes.WRITE):
-        return ""
-    variable = f"OPENCLAW_GATEWAY_TOKEN={shlex.quote(token)}"
-    return f'{variable} manage.py system_event "Hello" --url {shlex.quote(url)}'
 
 
 def _add_name(parser: argparse.ArgumentParser) -> None:

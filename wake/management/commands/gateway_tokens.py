@@ -7,7 +7,8 @@ from datetime import datetime, timedelta
 from typing import Any
 
 from wake import tokens
-from wake.management.tokens import TokensCommand, gateway_example
+from wake.gateway import example
+from wake.management.tokens import TokensCommand
 from wake.models import GatewayToken, OperatorScope
 
 
@@ -44,4 +45,4 @@ class Command(TokensCommand[GatewayToken]):
         return tokens.scopes_in_words(row.scopes)
 
     def example(self, row: GatewayToken, token: str) -> str:
-        return gateway_example(row, token, "ws://127.0.0.1:8000")
+        return example.command_line(row, token, "ws://127.0.0.1:8000")

@@ -1,0 +1,19 @@
+"""A line to try a gateway token with."""
+
+from __future__ import annotations
+
+import shlex
+
+from wake.gateway import scopes
+from wake.models import GatewayToken
+
+
+def command_line(row: GatewayToken, token: str, url: str) -> str:
+    """Return a command line that tries a gateway token at `url`, or none: it may not send events.
+
+    The token is no argument, which other users of the machine could see.
+    """
+    if not scopes.includes(row.scopes, scopes.WRITE):
+        return ""
+    variable = f"OPENCLAW_GATEWAY_TOKEN={shlex.quote(token)}"
+    return f'{variable} manage.py system_event "Hello" --url {shlex.quote(url)}'
