@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
@@ -14,6 +15,14 @@ EXTENSION: Final = "openclaw.control"
 CLOSE_SECONDS: Final = 10.0
 # How long parting words may take to be sent before the connection is closed anyway.
 PARTING_SECONDS: Final = 2.0
+
+
+def _is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
+    return not record.getMessage().startswith("Invalid UTF-8 sequence")
+
+
+# Anybody can send such bytes, as often as they like; uvicorn logs a traceback each time.
+logging.getLogger("uvicorn.error").addFilter(_is_no_fault_of_a_client)
 
 
 @dataclass(frozen=True, slots=True)

@@ -341,7 +341,7 @@ def _recount(now: datetime) -> list[tuple[int, int, int, int, int | None, int | 
 
 @pytest.mark.parametrize(
     ("events", "burst", "gaps"),
-    [(40, 0, False), (2500, 0, False), (2500, 0.5, False), (2500, 0, True), (1500, 0.9, True)],
+    [(40, 0, False), (800, 0, False), (800, 0.5, False), (800, 0, True), (600, 0.9, True)],
 )
 def test_it_is_what_every_row_says(events: int, burst: float, gaps: bool) -> None:
     _history(random.Random(events), events=events, burst=burst, gaps=gaps)

@@ -11,9 +11,10 @@ from collections.abc import Iterator
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
+from uuid import uuid4
 
 import pytest
-from django.db import connection
+from django.db import connection, transaction
 from django.utils import timezone
 from hypothesis import given
 from hypothesis import strategies as st
@@ -21,8 +22,9 @@ from websockets.exceptions import ConnectionClosed
 
 from tests.live import ROOT, LiveGateway
 from tests.wake.gateway_server import Json, Wire, connect_params, connected, serving
-from wake import queue
-from wake.gateway.changes import GAP_SECONDS, Cursor
+from wake import doorbell, queue
+from wake.gateway import presence
+from wake.gateway.changes import GAP_SECONDS, Cursor, Follower
 from wake.gateway.connection import Connection
 from wake.models import (
     Agent,
@@ -30,8 +32,10 @@ from wake.models import (
     GatewaySettings,
     HeartbeatStatus,
     PresenceEntry,
+    Session,
     SystemEvent,
 )
+from wake.session_keys import SessionKey
 
 KEY = "agent:main:hook:x"
 LEASE = timedelta(seconds=15)
@@ -144,6 +148,19 @@ def test_what_an_operator_does_by_hand_is_told(listener: Wire, wire: Wire) -> No
         pass
     queue.discard(dead, now=timezone.now())
     while listener.event("sessions.changed")["session"]["dead"] != 0:
+        pass
+
+
+def test_work_by_hand_that_nobody_named_is_told_as_many(listener: Wire, wire: Wire) -> None:
+    """As it is on SQLite when it was done in another process, or of too many to name."""
+    wake(wire, "hello")
+    queue.fail(next_claim(), "no", now=timezone.now(), max_attempts=1)
+    while listener.event("health")["queue"]["dead"] != 1:
+        pass
+    with transaction.atomic():
+        SystemEvent.objects.update(state=EventState.DISCARDED)
+        doorbell.ring()
+    while listener.event("sessions.changed")["reason"] != "many":
         pass
 
 
@@ -276,6 +293,38 @@ def test_a_client_that_stays_is_present_until_it_leaves(listener: Wire, gateway_
     seen("disconnect")
 
 
+def test_a_client_that_another_process_takes_for_gone_is_there_again(
+    listener: Wire, gateway_url: str
+) -> None:
+    browser = {"id": "ui", "version": "9", "platform": "web", "mode": "ui", "instanceId": "tab-2"}
+
+    def reason() -> str:
+        entries = listener.event("presence")["presence"]
+        return str({entry["key"]: entry["reason"] for entry in entries}.get("tab-2"))
+
+    with connected(gateway_url, client=browser):
+        while reason() != "connect":
+            pass
+        presence.keep([], ["tab-2"], timezone.now())
+        while reason() != "disconnect":
+            pass
+        while reason() != "connect":
+            pass
+
+
+def test_no_word_of_a_client_stops_presence(listener: Wire, gateway_url: str) -> None:
+    odd = "\0\u202e " + "x" * 500
+    client = {"id": f"odd {odd}", "version": odd, "platform": odd, "mode": "m", "instanceId": odd}
+    asked = ["operator.read", "operator.\0x", "operator." + "y" * 2000, "a b"]
+    with connected(gateway_url, client=client, scopes=asked) as wire:
+        while not any(e["host"][:3] == "odd" for e in listener.event("presence")["presence"]):
+            pass
+        with connected(gateway_url, client={**client, "id": "later", "instanceId": "l"}):
+            while not any(e["host"] == "later" for e in listener.event("presence")["presence"]):
+                pass
+        assert wire.payload("health")["ok"] is True
+
+
 def test_a_client_without_admin_overwrites_nobody(listener: Wire, gateway_url: str) -> None:
     with connected(gateway_url) as admin:
         admin.payload("system-event", {"text": "Node: desk", "instanceId": "desk", "host": "desk"})
@@ -405,6 +454,30 @@ def test_a_cursor_sees_every_row_once_whatever_the_order_of_commits(
         seen += found
         cursor.saw(found, now=0.0)
     assert sorted(seen) == sorted(stored)
+
+
+@pytest.mark.django_db
+def test_what_is_committed_after_the_start_under_a_lower_id_is_told() -> None:
+    session = Session.objects.create(agent_id="main", key=KEY)
+
+    def commit(pk: int) -> None:
+        SystemEvent.objects.create(
+            pk=pk, uid=uuid4(), session=session, text="x", source="x", created_at=timezone.now()
+        )
+
+    commit(50_001)
+    follower = Follower()
+    follower.start()
+    commit(50_000)
+    followed = SessionKey("main", KEY)
+    found = follower.look((), lambda: [followed], lambda: False, now=timezone.now())
+    assert len(found.messages) == 1
+
+
+def test_a_cursor_holds_as_many_gaps_as_big_batches_make() -> None:
+    cursor = Cursor(0)
+    cursor.saw([3000], now=0.0)
+    assert _unseen(cursor) == (3000, list(range(1, 3000)))
 
 
 def test_a_cursor_gives_up_what_no_transaction_can_hold_any_more() -> None:

@@ -63,6 +63,7 @@ def test_hello_ok_is_what_the_protocol_page_says(untouched_gateway_url: str) -> 
     assert hello["auth"] == {
         "role": "operator",
         "scopes": ["operator.admin", "operator.read", "operator.write"],
+        "name": "OPENCLAW_GATEWAY_TOKEN",
     }
     assert hello["policy"] == {
         "maxPayload": 26214400,
@@ -398,6 +399,43 @@ def test_a_frame_over_max_payload_after_hello(
         assert wire.response()["ok"] is True
         wire.send(" " * (MAX_PAYLOAD_BYTES + 1))
         assert wire.close_code() == 1009
+
+
+def test_a_token_that_holds_nothing_opens_nothing(gateway_url: str) -> None:
+    row, token = tokens.create_for_gateway("empty")
+    GatewayToken.objects.filter(pk=row.pk).update(scopes=[])
+    assert _refusal(gateway_url, auth={"token": token})["details"]["code"] == "AUTH_TOKEN_MISMATCH"
+
+
+def test_who_may_not_read_is_told_nothing_of_how_things_stand(untouched_gateway_url: str) -> None:
+    with Wire(untouched_gateway_url) as wire:
+        hello = wire.payload("connect", connect_params(scopes=["operator.pairing"]))
+    assert (hello["snapshot"]["presence"], hello["snapshot"]["health"]) == ([], {})
+
+
+def test_text_that_is_not_utf8_is_closed_and_fills_no_log(
+    untouched_gateway_url: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Wire(untouched_gateway_url) as wire:
+        wire.connection.socket.sendall(b"\x81\x82\0\0\0\0\xff\xfe")
+        assert wire.close_code() == 1007
+    assert "UnicodeDecodeError" not in caplog.text
+
+
+def test_what_cannot_be_read_at_the_start_is_for_another_try(gateway_url: str) -> None:
+    from django.db import connection
+
+    with connection.cursor() as cursor:
+        cursor.execute("ALTER TABLE wake_presenceentry RENAME TO elsewhere")
+    try:
+        with serving(Connection.as_asgi()) as url:  # where nothing was read before
+            for _ in range(2):
+                with Wire(url) as wire:
+                    error = wire.error("connect", connect_params())
+                    assert (error["code"], error["retryable"]) == ("UNAVAILABLE", True)
+    finally:
+        with connection.cursor() as cursor:
+            cursor.execute("ALTER TABLE elsewhere RENAME TO wake_presenceentry")
 
 
 def test_a_database_that_fails_is_no_wrong_token(gateway_url: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from datetime import timedelta
 from uuid import uuid4
@@ -300,6 +301,7 @@ def test_system_event_updates_presence(wire: Wire) -> None:
     (entry,) = wire.payload("system-presence")
     assert abs(entry.pop("ts") - timezone.now().timestamp() * 1000) < 60_000
     assert entry == {
+        "key": "d1",
         "deviceId": "D1",
         "instanceId": "i-1",
         "host": "desk",
@@ -402,6 +404,7 @@ def test_last_heartbeat(wire: Wire) -> None:
 def test_set_heartbeats(wire: Wire) -> None:
     for enabled in (False, True):
         payload = wire.payload("set-heartbeats", {"enabled": enabled})
+        assert abs(payload.pop("ts") - time.time() * 1000) < 60_000
         assert payload == {"ok": True, "enabled": enabled}
         assert GatewaySettings.objects.get().heartbeats_enabled is enabled
         assert wire.payload("health")["heartbeats"] == {"enabled": enabled}

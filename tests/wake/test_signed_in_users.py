@@ -63,7 +63,7 @@ def refused(wire: Wire, **changes: object) -> str:
 
 def test_staff_without_permission_may_read_and_nothing_else(gateway_url: str) -> None:
     with wire_of(signed_in(staff()), gateway_url) as wire:
-        assert hello(wire) == {"role": "operator", "scopes": READ}
+        assert hello(wire) == {"role": "operator", "scopes": READ, "name": "user nina"}
         assert wire.payload("sessions.list")["sessions"] == []
         error = wire.error("wake", {"mode": "now", "text": "hello"})
         assert error == {

@@ -13,7 +13,7 @@ from django.conf import settings
 from tests.live import ROOT, LiveGateway
 
 # Enough on SQLite to see that the two share; the full number where several machines would.
-SESSIONS = 1000 if settings.DATABASES["default"]["ENGINE"].endswith("postgresql") else 200
+SESSIONS = 1000 if settings.DATABASES["default"]["ENGINE"].endswith("postgresql") else 100
 
 # A directory can be made once only: a second run of the session at the same time would show.
 AGENT = """

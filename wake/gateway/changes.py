@@ -23,7 +23,9 @@ from wake.status import milliseconds, with_preview
 
 # A transaction ends within this time: the database's own limits are shorter (see settings).
 GAP_SECONDS: Final = 20.0
-MAX_GAPS: Final = 500
+MAX_GAPS: Final = 5000
+# So far back it is looked for ids that are missing at the start.
+GAPS_AT_START: Final = 1000
 ROWS_AT_ONCE: Final = 500
 # So many changed sessions are told one by one; of more it is told that there are many.
 MAX_SESSIONS_TOLD: Final = 50
@@ -80,11 +82,13 @@ class Follower:
         """Begin at the present; what changed before is not told. Raises DatabaseError."""
         if self._events is not None:
             return
+        # The heartbeats' cursor before the running ones: what begins in between is seen as new.
+        heartbeats = _cursor(Heartbeat.objects.all())
         running = Heartbeat.objects.filter(status=HeartbeatStatus.RUNNING)
-        self._running = set(running.values_list("pk", flat=True))
-        self._heartbeats = Cursor(_newest(Heartbeat.objects.all()))
+        self._running = set(running.exclude(heartbeats.unseen()).values_list("pk", flat=True))
+        self._heartbeats = heartbeats
         self._configuration = configuration.gateway()
-        self._events = Cursor(_newest(SystemEvent.objects.all()))
+        self._events = _cursor(SystemEvent.objects.all())
 
     def look(
         self,
@@ -188,7 +192,7 @@ class Follower:
         ts = milliseconds(now)
         # A change of an agent or of the settings can change what every session is doing.
         if len(touched) > MAX_SESSIONS_TOLD or configuration.gateway() != self._configuration:
-            return [{"reason": "many", "ts": ts}]
+            return [many_changed(now)]
         if not touched:
             return []
         rows = records.session_rows(touched, now)
@@ -204,9 +208,18 @@ class Follower:
         ]
 
 
-def _newest(rows: QuerySet[Any]) -> int:
-    newest: int | None = rows.aggregate(newest=Max("pk"))["newest"]
-    return newest or 0
+def many_changed(now: datetime) -> dict[str, Any]:
+    """Return the payload of `sessions.changed` that says: list again."""
+    return {"reason": "many", "ts": milliseconds(now)}
+
+
+def _cursor(rows: QuerySet[Any]) -> Cursor:
+    """Return a cursor that has seen what there is, and not what is still to be committed."""
+    newest: int = rows.aggregate(newest=Max("pk"))["newest"] or 0
+    cursor = Cursor(max(0, newest - GAPS_AT_START))
+    there = rows.filter(cursor.unseen(), pk__lte=newest)
+    cursor.saw(there.values_list("pk", flat=True), time.monotonic())
+    return cursor
 
 
 def _reason(has_event: bool, has_run: bool) -> str:

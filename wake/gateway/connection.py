@@ -221,7 +221,7 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
             server=frames.Server(version=status.version(), conn_id=self._id),
             features=frames.Features(methods=sorted(methods.METHODS), events=list(frames.EVENTS)),
             snapshot=await self._hub.snapshot(),
-            auth=frames.Granted(role=params.role, scopes=granted),
+            auth=frames.Granted(role=params.role, scopes=granted, name=credential.name),
             policy=frames.Policy(
                 max_buffered_bytes=self._max_buffered_bytes,
                 tick_interval_ms=int(self._tick_seconds * 1000),
@@ -233,6 +233,8 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
             params.client.id[:100],
             credential.name,
         )
+        if not scopes.includes(granted, scopes.READ):
+            hello.snapshot = msgspec.structs.replace(hello.snapshot, presence=[], health={})
         if self._control:
             self._control.limit_messages(frames.MAX_PAYLOAD_BYTES)
         self._answer(request.id, hello)

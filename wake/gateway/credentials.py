@@ -66,7 +66,7 @@ def _of_token(candidates: Collection[str], now: datetime) -> Credential:
             return Credential("OPENCLAW_GATEWAY_TOKEN", scopes.ALL)
     # Looking up a hash of a random token tells its holder nothing by the time it takes.
     for token in GatewayToken.objects.filter(digest__in=digests):
-        if tokens.is_usable(token, now):
+        if _scopes_of_token(token, now):
             tokens.note_use(GatewayToken, token.pk, now)
             return Credential(token.name, tuple(token.scopes), token.pk)
     raise _unauthorized("token mismatch", "AUTH_TOKEN_MISMATCH", "token_mismatch")

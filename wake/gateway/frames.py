@@ -179,8 +179,11 @@ class Snapshot(Frame):
 
 
 class Granted(Frame):
+    """What a connection may do, and the name of the credential: `user NAME` for a person."""
+
     role: str
     scopes: Sequence[str]
+    name: str
 
 
 class Policy(Frame):

@@ -22,11 +22,12 @@ from django.utils import timezone
 
 from wake import configuration, doorbell, status
 from wake.gateway import credentials, presence, scopes
-from wake.gateway.changes import Follower
+from wake.gateway.changes import Follower, many_changed
 from wake.gateway.credentials import CREDENTIAL_ENDED
 from wake.gateway.frames import SessionDefaults, Snapshot, StateVersion
 from wake.gateway.handshake import CLOSE_POLICY_VIOLATION
 from wake.gateway.methods import Caller
+from wake.gateway.presence import DISCONNECTED
 from wake.session_keys import SessionKey
 from wake.threads import call_in
 
@@ -42,10 +43,12 @@ PRESENCE_SECONDS: Final = 1.0
 PRESENCE_BYTES_A_SECOND: Final = 4_000_000
 REFRESH_SECONDS: Final = 60.0
 HEALTH_SECONDS: Final = 1.0
+# So that what rang is told of first.
+HEALTH_AFTER_SECONDS: Final = 0.3
 # Counting may take this share of the time, on a database where it takes long.
 HEALTH_SHARE: Final = 0.05
 LINGER_SECONDS: Final = 30.0
-START_SECONDS: Final = 10.0
+START_SECONDS: Final = 5.0
 RETRY_SECONDS: Final = 1.0
 # Many that connect at once, after a restart, read once how things stand.
 SNAPSHOT_SECONDS: Final = 0.5
@@ -86,8 +89,11 @@ class Hub:
         self._present: list[dict[str, Any]] = []
         self._read_at = -SNAPSHOT_SECONDS
         self._reading = asyncio.Lock()
+        # Whether a change of a session was told since the queue was counted.
+        self._has_told_change = False
         # One thread follows, one looks after the rest, so that neither waits for the other.
-        self._database = ThreadPoolExecutor(2, thread_name_prefix="gateway-hub")
+        self._following = ThreadPoolExecutor(1, thread_name_prefix="gateway-changes")
+        self._database = ThreadPoolExecutor(1, thread_name_prefix="gateway-hub")
 
     # --- Who is there ---------------------------------------------------------------------------
 
@@ -119,8 +125,9 @@ class Hub:
         async with self._reading:
             is_old = time.monotonic() - self._read_at > SNAPSHOT_SECONDS
             if is_old and not self._readers():
-                self._read_at = time.monotonic()
+                read_at = time.monotonic()
                 self._health, self._present = await self._in_database(_read)
+                self._read_at = read_at
         settings = configuration.gateway()
         return Snapshot(
             presence=self._present,
@@ -201,14 +208,15 @@ class Hub:
     async def _follow(self) -> float:
         """Look at what changed when the doorbell rings, or after a while, and tell it."""
         if not self._is_following.is_set():
-            await self._in_database(self._follower.start)
+            await call_in(self._following, self._follower.start)
             self._is_following.set()
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._heard.wait(), POLL_SECONDS)
         self._heard.clear()
         changed, self._changed = self._changed, set()
         try:
-            found = await self._in_database(
+            found = await call_in(
+                self._following,
                 self._follower.look,
                 changed,
                 # Asked after the look at what is new: who subscribed before it misses nothing.
@@ -225,6 +233,7 @@ class Hub:
         for session, payload in found.messages:
             self._tell("session.message", payload, followers.get(session, ()))
         for payload in found.sessions:
+            self._has_told_change = True
             self._tell("sessions.changed", payload, self._listing())
         if not found.is_all:
             self._heard.set()
@@ -242,19 +251,28 @@ class Hub:
         return followers
 
     async def _tell_health(self) -> float:
-        """Tell how things stand when that may have changed, and every so often anyway."""
+        """Tell how things stand when that may have changed, and every so often anyway.
+
+        Numbers that changed though no session did tell of work by hand in another process: not
+        every ring has room for the sessions that it is about.
+        """
         with contextlib.suppress(TimeoutError):
             await asyncio.wait_for(self._health_changed.wait(), REFRESH_SECONDS)
         if not self._readers():
             return HEALTH_SECONDS
+        await asyncio.sleep(HEALTH_AFTER_SECONDS)
         self._health_changed.clear()
         began = time.monotonic()
         try:
-            self._health = await self._in_database(status.health)
+            health = await self._in_database(status.health)
         except DatabaseError:
             self._health_changed.set()
             raise
-        self._tell("health", self._health, self._readers())
+        is_missed = health["queue"] != self._health["queue"] and not self._has_told_change
+        self._health, self._has_told_change = health, False
+        self._tell("health", health, self._readers())
+        if is_missed:
+            self._tell("sessions.changed", many_changed(timezone.now()), self._listing())
         return max(HEALTH_SECONDS, (time.monotonic() - began) / HEALTH_SHARE)
 
     # --- Who may stay, and who is seen ----------------------------------------------------------
@@ -290,6 +308,9 @@ class Hub:
                 present = await self._in_database(presence.entries, timezone.now())
                 is_news = presence.without_times(present) != presence.without_times(self._present)
                 self._present = present
+                # Another process said so of a client that is connected here as well.
+                gone = {entry["key"] for entry in present if entry["reason"] == DISCONNECTED}
+                noted = {key: report for key, report in noted.items() if key not in gone}
                 if is_news or is_time:
                     size = self._tell("presence", {"presence": present}, self._readers())
                     tell_from = time.monotonic() + size / PRESENCE_BYTES_A_SECOND

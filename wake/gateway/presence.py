@@ -28,6 +28,8 @@ MAX_AGE: Final = timedelta(minutes=5)
 # What a node said is remembered longer than it is shown: what it says again is no news then.
 REMEMBERED: Final = timedelta(days=1)
 MAX_REMEMBERED: Final = 1000
+# The reason of a client that left.
+DISCONNECTED: Final = "disconnect"
 
 _CHANGES_AT_EVERY_SIGN: Final = frozenset({"ts", "text", "lastInputSeconds"})
 
@@ -174,7 +176,7 @@ def keep(arrived: Sequence[Report], left: Collection[str], now: datetime) -> Non
             unique_fields=["key"],
             update_fields=["host", "ip", "version", "mode", "reason", "text", "details", "seen_at"],
         )
-        PresenceEntry.objects.filter(key__in=left).update(reason="disconnect", seen_at=now)
+        PresenceEntry.objects.filter(key__in=left).update(reason=DISCONNECTED, seen_at=now)
         _drop_old(now)
         doorbell.ring()
 
@@ -198,6 +200,7 @@ def entries(now: datetime) -> list[dict[str, Any]]:
     return [
         {
             **entry.details,
+            "key": entry.key,
             "host": entry.host,
             "ip": entry.ip,
             "version": entry.version,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
+from itertools import islice
 from typing import Final
 
 from wake.models import OperatorScope
@@ -13,6 +15,9 @@ ADMIN: Final = OperatorScope.ADMIN.value
 ALL: Final = (ADMIN, READ, WRITE)
 
 _PREFIX = "operator."
+# As every version of the protocol writes a scope; nothing else is granted, stored or shown.
+_SCOPE = re.compile(r"operator(?:\.[a-z]+)+", re.ASCII)
+MAX_SCOPES: Final = 32
 
 
 def includes(held: Collection[str], scope: str) -> bool:
@@ -30,4 +35,5 @@ def grant(asked: Iterable[str], held: Collection[str]) -> tuple[str, ...]:
     None asked for means all that the credential holds.
     """
     wanted = dict.fromkeys(asked) or dict.fromkeys(held)
-    return tuple(scope for scope in wanted if includes(held, scope))
+    granted = (scope for scope in wanted if _SCOPE.fullmatch(scope) and includes(held, scope))
+    return tuple(islice(granted, MAX_SCOPES))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from uuid import UUID
 
+from django.utils import timezone
+
 from wake import status
 from wake.errors import Refused
 from wake.gateway import records
@@ -47,7 +49,7 @@ class SetHeartbeatsParams(Frame):
 
 @method("set-heartbeats", scope=ADMIN, params=SetHeartbeatsParams)
 def set_heartbeats(params: SetHeartbeatsParams, caller: Caller) -> object:
-    """All heartbeats on, or off: then events wait. `ok`, `enabled`."""
+    """All heartbeats on, or off: then events wait. `ok`, `enabled`, `ts`."""
     stored = GatewaySettings.ensure()
     stored.heartbeats_enabled = params.enabled
     stored.save(update_fields=["heartbeats_enabled"])
@@ -56,4 +58,4 @@ def set_heartbeats(params: SetHeartbeatsParams, caller: Caller) -> object:
         caller.credential.name,
         "on" if params.enabled else "off",
     )
-    return {"ok": True, "enabled": params.enabled}
+    return {"ok": True, "enabled": params.enabled, "ts": status.milliseconds(timezone.now())}
