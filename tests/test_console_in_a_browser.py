@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 from playwright.sync_api import Locator, Page, WebSocketRoute, expect
@@ -298,7 +301,104 @@ def test_each_user_gets_what_is_theirs(live_gateway: LiveGateway) -> None:
         expect(items(page, "event").locator("pre", has_text="lost on its way")).to_have_count(1)
         expect(items(page, "event").first).to_contain_text("lost on its way")
         assert len(lost) == 1
+
+        wire = Wire()
+        page.route_web_socket(re.compile("/ws$"), wire.connect)
+        be_told_while_reading(page, wire)
+        go_on_while_sending(page, wire)
+
+        # Somebody else's page does not go on under their name.
+        page.locator("body").evaluate("body => { body.dataset.user = 'guest' }")
+        page.clock.fast_forward("01:20")
+        expect(page.locator("body")).to_have_attribute(
+            "data-user", "sender", timeout=RECOVERY_MILLISECONDS
+        )
+        expect_live(page)
         assert problems == []
+
+
+def be_told_while_reading(page: Page, wire: Wire) -> None:
+    """Begin with a history that is older than the first message that is told."""
+    wire.holds = "sessions.history"
+    page.reload()
+    wire.wait_for_held(page)
+    page.get_by_label("Text").fill("while it is read")
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(items(page, "event").locator("pre")).to_have_text(["while it is read"])
+    # What would be read after it is held as well.
+    wire.release()
+    expect(items(page, "event")).to_have_count(51)
+    expect(items(page, "event").first).to_contain_text("while it is read")
+    wire.holds = ""
+    wire.release()
+
+
+def go_on_while_sending(page: Page, wire: Wire) -> None:
+    """Send impatiently, and type the next text before the answer is there."""
+    wire.holds = "wake"
+    wire.asked.clear()
+    text = page.get_by_label("Text")
+    text.fill("pressed twice")
+    text.press("Control+Enter")
+    text.press("Control+Enter")
+    wire.wait_for_held(page)
+    page.keyboard.down("Control")
+    page.keyboard.down("Enter")
+    text.fill("typed meanwhile")
+    wire.holds = ""
+    wire.release()
+    expect(page.locator("#receipt")).to_contain_text("Queued in agent:main:hook:open as event")
+    page.keyboard.down("Enter")  # held down: no other press
+    page.keyboard.up("Enter")
+    page.keyboard.up("Control")
+    expect(text).to_have_value("typed meanwhile")
+    page.get_by_role("button", name="Send", exact=True).click()
+    expect(text).to_have_value("")
+    expect(items(page, "event").first).to_contain_text("typed meanwhile")
+    expect(items(page, "event").locator("pre", has_text="pressed twice")).to_have_count(1)
+    # Equal events that wait become one: that each was sent once is seen here.
+    assert wire.asked.count("wake") == 2
+
+
+class Wire:
+    """What goes between a page and the gateway; answers to one method can be held back."""
+
+    def __init__(self) -> None:
+        self.holds = ""
+        self.asked: list[str] = []
+        self._held: list[Callable[[], None]] = []
+
+    def connect(self, route: WebSocketRoute) -> None:
+        gateway = route.connect_to_server()
+        methods: dict[str, str] = {}
+
+        def ask(frame: str | bytes) -> None:
+            request = json.loads(frame)
+            methods[request["id"]] = request["method"]
+            self.asked.append(request["method"])
+            gateway.send(frame)
+
+        def tell(frame: str | bytes) -> None:
+            if self.holds and methods.get(json.loads(frame).get("id")) == self.holds:
+                self._held.append(partial(route.send, frame))
+            else:
+                route.send(frame)
+
+        route.on_message(ask)
+        gateway.on_message(tell)
+
+    def wait_for_held(self, page: Page) -> None:
+        for _ in range(200):
+            if self._held:
+                return
+            page.wait_for_timeout(50)
+        raise AssertionError(f"nothing was asked with {self.holds}")
+
+    def release(self) -> None:
+        """Send on what is held; what comes from now on is held as before."""
+        held, self._held = self._held, []
+        for send in held:
+            send()
 
 
 def lose_a_message(route: WebSocketRoute, lost: list[str | bytes]) -> None:

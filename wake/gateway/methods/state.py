@@ -29,8 +29,8 @@ def summary(params: NoParams, caller: Caller) -> object:
 
 @method("system-presence", scope=READ, params=NoParams)
 def system_presence(params: NoParams, caller: Caller) -> object:
-    """Who gave a sign within five minutes, at most 200: a list of `host`, `ip`, `version`, `mode`,
-    `reason`, `text`, `ts`, and what each said of itself."""
+    """Who gave a sign within five minutes, at most 200: a list of `key`, `host`, `ip`, `version`,
+    `mode`, `reason`, `text`, `ts`, and what each said of itself."""
     return presence.entries(timezone.now())
 
 

@@ -27,10 +27,11 @@ function setText(node, text) {
 
 // Make the children of a list those of `items`, in their order. One element stands for one key for
 // as long as the key is there: it keeps its focus, and what was opened in it. An item that is the
-// same object as before is not painted again.
+// same object as before is not painted again. Of two items with one key the first is there.
 function arrange(list, items, keyOf, create, update) {
     const focused = list.contains(document.activeElement) ? document.activeElement : null;
-    const keys = new Map(items.map((item) => [keyOf(item), item]));
+    const keys = new Map();
+    for (const item of items) if (!keys.has(keyOf(item))) keys.set(keyOf(item), item);
     const present = new Map();
     for (const node of [...list.children]) {
         if (keys.has(node.dataset.key)) present.set(node.dataset.key, node);
@@ -373,7 +374,13 @@ const readTotals = reader("The totals", 2000, loadTotals);
 const readActivity = reader("The last hour", 5000, loadActivity);
 
 function begin(hello) {
-    known.scopes = hello.auth.scopes;
+    const { name, scopes } = hello.auth;
+    // Somebody else signed in meanwhile, in another tab: nothing of this page is theirs.
+    if (name && name !== `user ${page.user}`) {
+        location.reload();
+        return;
+    }
+    known.scopes = scopes;
     takeHealth(hello.snapshot.health);
     known.presence = hello.snapshot.presence;
     // Those that ended meanwhile are not told of again.
@@ -398,11 +405,11 @@ function hear(name, payload) {
 
 // --- How things stand ----------------------------------------------------------------------------
 
-// What was switched here is known before the gateway has read it again.
-let switchedAt = -Infinity;
+// When the heartbeats were switched here, by the gateway's clock: an older health does not know it.
+let switchedAt = 0;
 
 function takeHealth(health) {
-    const { heartbeats } = performance.now() - switchedAt < 1500 ? known.health : health;
+    const { heartbeats } = health.ts < switchedAt ? known.health : health;
     known.health = { ...health, heartbeats };
     takeTotals();
 }
@@ -451,13 +458,16 @@ async function loadSessions() {
     const rows = new Map();
     let answer;
     let offset = 0;
-    do {
-        const limit = Math.min(MOST_PER_REQUEST.sessions, size - offset);
-        answer = await gateway.request("sessions.list", { ...asked(filter), offset, limit });
-        for (const row of answer.sessions) rows.set(sessionId(row), row);
-        offset = answer.nextOffset;
-    } while (answer.hasMore && offset < size);
-    changesMeanwhile = null;
+    try {
+        do {
+            const limit = Math.min(MOST_PER_REQUEST.sessions, size - offset);
+            answer = await gateway.request("sessions.list", { ...asked(filter), offset, limit });
+            for (const row of answer.sessions) rows.set(sessionId(row), row);
+            offset = answer.nextOffset;
+        } while (answer.hasMore && offset < size);
+    } finally {
+        if (changesMeanwhile === changes) changesMeanwhile = null;
+    }
     if (filter !== known.filter) return; // the next reading is under way
     known.sessions = rows;
     takeAnswer(answer);
@@ -535,7 +545,8 @@ function matches(row) {
 }
 
 function setFilter(changes) {
-    known.filter = { ...known.filter, ...changes };
+    const filter = { ...known.filter, ...changes };
+    known.filter = { ...filter, search: filter.search.trim() }; // as the gateway does
     known.sessions = new Map([...known.sessions].filter(([, row]) => matches(row)));
     Object.assign(known.list, { size: SESSIONS_PAGE, isRead: false });
     readSessions(true);
@@ -581,13 +592,16 @@ async function loadTimeline() {
     Object.assign(shown, { key, agentId });
     const items = new Map();
     let answer;
-    do {
-        const limit = Math.min(MOST_PER_REQUEST.history, shown.size - items.size);
-        const { before } = answer ?? {};
-        answer = await gateway.request("sessions.history", { key, agentId, before, limit });
-        for (const item of answer.items) items.set(itemId(item), item);
-    } while (answer.hasMore && items.size < shown.size);
-    messagesMeanwhile = null;
+    try {
+        do {
+            const limit = Math.min(MOST_PER_REQUEST.history, shown.size - items.size);
+            const { before } = answer ?? {};
+            answer = await gateway.request("sessions.history", { key, agentId, before, limit });
+            for (const item of answer.items) items.set(itemId(item), item);
+        } while (answer.hasMore && items.size < shown.size);
+    } finally {
+        if (messagesMeanwhile === messages) messagesMeanwhile = null;
+    }
     if (shown !== known.shown) return; // the next reading is under way
     const { hasMore, before, session } = answer;
     Object.assign(shown, { items, hasMore, before, row: session, isRead: true });
@@ -963,7 +977,7 @@ function paintPresence() {
     arrange(
         byId("presence"),
         entries,
-        (entry) => entry.deviceId || entry.instanceId || entry.host || entry.text,
+        ({ key }) => key,
         () => make("li"),
         (node, entry) => {
             const { ip, version, platform, mode, reason, ts } = entry;
@@ -1181,22 +1195,25 @@ function sayReceipt(receipt) {
 }
 
 async function submit() {
+    const button = send.querySelector("[type=submit]");
+    if (button.disabled) return; // one is under way: `requestSubmit` does not mind the button
+    button.disabled = true;
     const refusal = byId("refusal");
     byId("receipt").replaceChildren();
     refusal.textContent = "";
-    const button = send.querySelector("[type=submit]");
-    button.disabled = true;
     const wasLive = gateway.state === "live";
+    const text = fields.text.value;
     try {
         const receipt = await gateway.request("wake", {
-            text: fields.text.value,
+            text,
             mode: fields.mode.value,
             sessionKey: fields.sessionKey.value.trim() || undefined,
             agentId: fields.agentId.value || undefined,
         });
         if (!receipt.ok) throw new Refused({ message: receipt.error });
         sayReceipt(receipt);
-        fields.text.value = "";
+        // What was typed meanwhile is the next one.
+        if (fields.text.value === text) fields.text.value = "";
         resolveSoon();
     } catch (error) {
         if (error instanceof Refused) refusal.textContent = error.message;
@@ -1212,8 +1229,8 @@ async function submit() {
 
 async function switchHeartbeats(enabled) {
     try {
-        await gateway.request("set-heartbeats", { enabled });
-        switchedAt = performance.now();
+        const { ts } = await gateway.request("set-heartbeats", { enabled });
+        switchedAt = ts ?? 0;
         known.health = { ...known.health, heartbeats: { enabled } };
         known.problems.delete("Heartbeats");
         takeTotals();
@@ -1295,7 +1312,8 @@ send.addEventListener("submit", (event) => {
 });
 send.addEventListener("input", () => setText(byId("refusal"), ""));
 fields.text.addEventListener("keydown", (event) => {
-    if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) send.requestSubmit();
+    const isCommand = event.key === "Enter" && (event.ctrlKey || event.metaKey);
+    if (isCommand && !event.repeat) send.requestSubmit();
 });
 fields.sessionKey.addEventListener("input", () => {
     isKeyOfShown = false;
