@@ -345,14 +345,16 @@ def go_on_while_sending(page: Page, wire: Wire) -> None:
     page.keyboard.down("Control")
     page.keyboard.down("Enter")
     text.fill("typed meanwhile")
-    wire.holds = ""
     wire.release()
     expect(page.locator("#receipt")).to_contain_text("Queued in agent:main:hook:open as event")
     page.keyboard.down("Enter")  # held down: no other press
     page.keyboard.up("Enter")
     page.keyboard.up("Control")
+    button = page.get_by_role("button", name="Send", exact=True)
+    assert button.is_enabled()
     expect(text).to_have_value("typed meanwhile")
-    page.get_by_role("button", name="Send", exact=True).click()
+    wire.holds = ""
+    button.click()
     expect(text).to_have_value("")
     expect(items(page, "event").first).to_contain_text("typed meanwhile")
     expect(items(page, "event").locator("pre", has_text="pressed twice")).to_have_count(1)

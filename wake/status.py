@@ -102,12 +102,13 @@ def health() -> dict[str, Any]:
 
     Raises DatabaseError.
     """
-    started = time.monotonic()
+    started, now = time.monotonic(), timezone.now()
     snapshot = configuration.gateway()
     counts = queue_counts()
     return {
         "ok": True,
-        "ts": milliseconds(timezone.now()),
+        # Before anything was read: what is younger than this may be missing.
+        "ts": milliseconds(now),
         "durationMs": int((time.monotonic() - started) * 1000),
         "defaultAgentId": snapshot.default_agent,
         "agents": [
