@@ -177,8 +177,10 @@ def session_to_read(key: str, agent_id: str | None, snapshot: GatewayConfigurati
     A full key selects its own agent, which may be disabled; a blank one means the main session.
     Raises AgentError or SessionKeyError.
     """
-    selected = (agent_id or "").strip().lower() or session_keys.named_agent(key)
-    agent = selected or snapshot.default_agent
+    agent = (agent_id or "").strip().lower()
+    if not agent and snapshot.scope == "per-agent":  # else no part of a key means anything
+        agent = session_keys.named_agent(key) or ""
+    agent = agent or snapshot.default_agent
     if agent not in snapshot.agents:
         snapshot.agent(agent)  # refuses it by name
     session = session_keys.canonicalize(

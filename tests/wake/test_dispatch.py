@@ -6,6 +6,7 @@ The doors' own tests go through the same cells from outside.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
@@ -24,6 +25,7 @@ from wake.dispatch import (
     dispatch_batch,
     for_system_event,
     plan,
+    session_to_read,
 )
 from wake.errors import (
     AgentError,
@@ -223,3 +225,41 @@ def test_fan_out_puts_the_event_in_one_session_and_wakes_both_agents() -> None:
     )
     found = {claim.session.key: len(claim.events) for claim in due}
     assert found == {"agent:main:main": 1, "agent:ops:main": 0}
+
+
+# --- Looking at a session -------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("key", "agent", "meant"),
+    [
+        ("hook:x", "", ("main", "agent:main:hook:x")),
+        ("hook:x", " OPS ", ("ops", "agent:ops:hook:x")),
+        ("agent:OPS:hook:x", "", ("ops", "agent:ops:hook:x")),
+        ("agent:old:main", "", ("old", "agent:old:main")),
+        ("  ", "old", ("old", "agent:old:main")),
+    ],
+)
+def test_who_looks_names_any_agent_by_its_key(key: str, agent: str, meant: tuple[str, str]) -> None:
+    assert session_to_read(key, agent, SNAPSHOT) == meant
+
+
+@pytest.mark.parametrize("key", ["hook:x", "agent:ops:x", "agent:x", "::"])
+def test_under_one_scope_every_key_means_the_agents_session(key: str) -> None:
+    snapshot = replace(SNAPSHOT, scope="global")
+    assert session_to_read(key, "", snapshot) == ("main", "global")
+    assert session_to_read(key, "old", snapshot) == ("old", "global")
+
+
+@pytest.mark.parametrize(
+    ("key", "agent", "reason"),
+    [
+        ("agent:nobody:x", "", 'unknown agent "nobody"'),
+        ("x", "nobody", 'unknown agent "nobody"'),
+        ("agent:ops:x", "main", "cross-agent"),
+        ("agent:x", "", 'malformed session key "agent:x"'),
+    ],
+)
+def test_who_looks_is_refused_by_name(key: str, agent: str, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        session_to_read(key, agent, SNAPSHOT)
