@@ -214,8 +214,13 @@ test('last-heartbeat tells the newest one', async () => {
   assert(Math.abs(last.ts - Date.now()) < 60_000);
 });
 
+const switchHeartbeats = async (wanted) => {
+  const { ok, enabled } = await call('set-heartbeats', { enabled: wanted });
+  assert.deepEqual({ ok, enabled }, { ok: true, enabled: wanted });
+};
+
 test('set-heartbeats turns all heartbeats off and on', async () => {
-  assert.deepEqual(await call('set-heartbeats', { enabled: false }), { ok: true, enabled: false });
+  await switchHeartbeats(false);
   const { sessionKey: key } = await call('wake', {
     mode: 'now',
     text: 'wait',
@@ -224,7 +229,7 @@ test('set-heartbeats turns all heartbeats off and on', async () => {
   const held = await row(key);
   assert.equal(held.queued, 1);
   assert.equal(typeof held.holdReason, 'string');
-  assert.deepEqual(await call('set-heartbeats', { enabled: true }), { ok: true, enabled: true });
+  await switchHeartbeats(true);
   await client.event('heartbeat', (run) => run.sessionKey === key && run.status === 'delivered');
   assert.equal((await row(key)).queued, 0);
 });
