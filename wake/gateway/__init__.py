@@ -1,1 +1,1 @@
-"""The WebSocket door: the gateway protocol, as docs/contract.md and its clients speak it."""
+"""The WebSocket door: the gateway protocol, as docs/protocol.md says and its clients speak it."""

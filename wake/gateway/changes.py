@@ -59,7 +59,7 @@ class Cursor:
 class Changes:
     """What is told of by the events `heartbeat`, `session.message` and `sessions.changed`.
 
-    `is_all` says that there may be more to read already. Payloads are as the protocol writes them.
+    Unless it `is_all`, there may be more to read already. Payloads are as the protocol writes them.
     """
 
     heartbeats: list[dict[str, Any]] = field(default_factory=list)

@@ -7,11 +7,12 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from typing import Any, Final
 
+from wake.gateway.handshake import CLOSE_POLICY_VIOLATION
+
 logger = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]
 
-CLOSE_POLICY_VIOLATION: Final = 1008
 SLOW_CONSUMER: Final = "slow consumer"
 
 

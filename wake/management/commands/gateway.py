@@ -24,6 +24,7 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, connection, transaction
 from uvicorn.supervisors import Multiprocess
 
+from hooks import tokens as hook_tokens
 from hooks.models import HookToken
 from wake import tokens
 from wake.gateway.frames import MAX_HANDSHAKE_BYTES
@@ -151,7 +152,7 @@ def _first_run() -> dict[str, str]:
     if not settings.OPENCLAW_GATEWAY_TOKEN and not GatewayToken.objects.exists():
         _, made["gateway token"] = tokens.create_for_gateway("first start")
     if not settings.OPENCLAW_HOOKS_TOKEN and not HookToken.objects.exists():
-        _, made["hook token"] = tokens.create(HookToken, "first start", prefix="och_")
+        _, made["hook token"] = hook_tokens.create("first start")
     return made
 
 
