@@ -34,6 +34,12 @@ OPENCLAW_HOOKS_TOKEN: str = env.str("OPENCLAW_HOOKS_TOKEN", default="")
 # Modules to import for the transforms that they register; see hooks/transforms.py.
 HOOK_TRANSFORMS: list[str] = env.list("HOOK_TRANSFORMS", default=[])
 
+# The environment variables that may hold an agent's key: an agent names one of them, and whoever
+# may change agents in the admin can have its content sent to a URL of their choice.
+AGENT_KEY_VARIABLES: list[str] = env.list(
+    "AGENT_KEY_VARIABLES", default=["OPENAI_API_KEY", "OPENCLAW_UPSTREAM_TOKEN"]
+)
+
 # How long a heartbeat survives the silence of its process; then another process takes it over.
 HEARTBEAT_LEASE_SECONDS: float = env.float("HEARTBEAT_LEASE_SECONDS", default=15.0)
 

@@ -11,18 +11,18 @@ import asyncio
 import contextlib
 import logging
 import threading
-import time
+import time as clock
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import time, timedelta
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
 from django.db import DatabaseError, connection, connections, transaction
 
 from wake.errors import AgentError
-from wake.models import Agent, GatewaySettings, RunnerKind
+from wake.models import Agent, GatewaySettings, IdleRuns, RunnerKind
 from wake.session_keys import Scope, SessionKey, main_session_key
 from wake.threads import on_kept_connection
 
@@ -58,7 +58,7 @@ class Snapshot(Generic[T]):
         Raises DatabaseError when it cannot be read and never was.
         """
         held = self._held
-        if held is not None and time.monotonic() - held[1] <= self._max_age:
+        if held is not None and clock.monotonic() - held[1] <= self._max_age:
             return held[0]
         if _is_kept_fresh and self._last is not None and _in_event_loop():
             return self._last
@@ -67,7 +67,7 @@ class Snapshot(Generic[T]):
     def refresh(self) -> T:
         """Read the value anew and return it."""
         # The time is taken before the read: the value may be older than it, never younger.
-        read_at = time.monotonic()
+        read_at = clock.monotonic()
         forgotten = self._forgotten
         try:
             # Django refuses to use the database on a thread that runs an event loop.
@@ -91,7 +91,7 @@ class Snapshot(Generic[T]):
         """Take the held value for as good as read just now: the database has not changed."""
         with self._lock:
             if held := self._held:
-                self._held = (held[0], time.monotonic())
+                self._held = (held[0], clock.monotonic())
                 return
         self.refresh()
 
@@ -200,13 +200,24 @@ class AgentConfiguration:
     enabled: bool = True
     paused: bool = False
     heartbeat_every: timedelta = timedelta(minutes=30)
+    active_from: time | None = None
+    active_until: time | None = None
+    time_zone: str = "UTC"
+    idle_runs: IdleRuns = IdleRuns.ALWAYS
     heartbeat_prompt: str = ""
     runner: RunnerKind = RunnerKind.NONE
     command: tuple[str, ...] = ()
     url: str = ""
+    model: str = ""
+    key_variable: str = ""
+    transcript_bytes: int = 64 * 1024
     signing_secret: str = field(default="", repr=False)
     timeout: timedelta = timedelta(minutes=10)
     max_attempts: int = 8
+    max_parallel_runs: int | None = None
+    max_runs_per_minute: int | None = None
+    max_self_wakes: int | None = None
+    reply_url: str = ""
 
     @property
     def runs(self) -> bool:
@@ -271,14 +282,25 @@ def _frozen(agent: Agent) -> AgentConfiguration:
         enabled=agent.enabled,
         paused=agent.paused,
         heartbeat_every=agent.heartbeat_every,
+        active_from=agent.active_from,
+        active_until=agent.active_until,
+        time_zone=agent.time_zone,
+        idle_runs=IdleRuns(agent.idle_runs),
         heartbeat_prompt=agent.heartbeat_prompt,
         # A kind that does not exist here (yet, or any more) reaches nobody: events wait.
         runner=RunnerKind(agent.runner) if agent.runner in RunnerKind else RunnerKind.NONE,
         command=tuple(agent.command),
         url=agent.url,
+        model=agent.model,
+        key_variable=agent.key_variable,
+        transcript_bytes=agent.transcript_bytes,
         signing_secret=agent.signing_secret,
         timeout=timedelta(seconds=agent.timeout_seconds),
         max_attempts=agent.max_attempts,
+        max_parallel_runs=agent.max_parallel_runs,
+        max_runs_per_minute=agent.max_runs_per_minute,
+        max_self_wakes=agent.max_self_wakes,
+        reply_url=agent.reply_url,
     )
 
 

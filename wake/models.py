@@ -7,14 +7,17 @@ why, the attempts so far, and the lease of the heartbeat that runs. Rows are cha
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from datetime import timedelta
 from typing import Any, ClassVar
 from urllib.parse import urlsplit
+from zoneinfo import ZoneInfo
 
+from django.conf import settings
 from django.core.exceptions import ValidationError
 from django.core.validators import MaxValueValidator, MinValueValidator, RegexValidator
 from django.db import models
-from django.db.models import F, Q
+from django.db.models import Case, F, Q, Value, When
 
 from wake.encryption import EncryptedTextField
 from wake.session_keys import AGENT_ID_PATTERN
@@ -32,8 +35,8 @@ agent_id_validator = RegexValidator(
 )
 
 
-def validate_http_url(url: str) -> None:
-    """Raise ValidationError unless it is an http or https URL with a host.
+def validate_http_url(url: str, schemes: Collection[str] = ("http", "https")) -> None:
+    """Raise ValidationError unless it is a URL of one of the schemes, with a host.
 
     Looser than Django's own: hosts on private networks often have one label (http://agent:8080).
     """
@@ -43,7 +46,7 @@ def validate_http_url(url: str) -> None:
     except ValueError:
         has_host = False
     printable = url.isprintable() and not any(character.isspace() for character in url)
-    if not (has_host and printable and parts.scheme in {"http", "https"}):
+    if not (has_host and printable and parts.scheme in schemes):
         raise ValidationError("Enter a URL such as https://agent.example.com/heartbeat.")
 
 
@@ -53,6 +56,24 @@ class RunnerKind(models.TextChoices):
     NONE = "none", "none: events wait"
     COMMAND = "command", "command: a program on this machine"
     HTTP = "http", "http: a signed POST to a URL"
+    INBOX = "inbox", "inbox: programs that connect to this gateway"
+    OPENCLAW = "openclaw", "openclaw: another gateway, event by event"
+    CHAT = "chat", "chat: an OpenAI-compatible chat server"
+
+
+class IdleRuns(models.TextChoices):
+    """Whether an agent has heartbeats when there is nothing to say."""
+
+    ALWAYS = "always", "always: on schedule, and when nudged"
+    WITH_EVENTS = "with-events", "only with events: nothing queued, no run"
+
+
+def validate_time_zone(name: str) -> None:
+    """Raise ValidationError unless it is the name of a time zone in the IANA database."""
+    try:
+        ZoneInfo(name)
+    except (KeyError, OSError, ValueError) as error:
+        raise ValidationError("Enter a time zone such as Europe/Berlin.") from error
 
 
 class Agent(models.Model):
@@ -73,6 +94,29 @@ class Agent(models.Model):
         validators=[MinValueValidator(timedelta(0)), MaxValueValidator(timedelta(days=366))],
         help_text="How often the main session has a heartbeat by itself; 0 turns the schedule off.",
     )
+    active_from = models.TimeField(
+        null=True,
+        blank=True,
+        help_text="Scheduled heartbeats run from this time of day; empty: all day.",
+    )
+    active_until = models.TimeField(
+        null=True,
+        blank=True,
+        help_text="… until this one, which may be on the next day. Wakes are not bound by it.",
+    )
+    time_zone = models.CharField(
+        max_length=64,
+        default="UTC",
+        validators=[validate_time_zone],
+        help_text="Where that time of day is read from the clock, such as Europe/Berlin.",
+    )
+    idle_runs = models.CharField(
+        "heartbeats",
+        max_length=16,
+        choices=IdleRuns.choices,
+        default=IdleRuns.ALWAYS,
+        help_text="Whether a heartbeat runs that has no events.",
+    )
     heartbeat_prompt = models.TextField(
         blank=True,
         default=DEFAULT_HEARTBEAT_PROMPT,
@@ -88,13 +132,29 @@ class Agent(models.Model):
     url = models.CharField(
         max_length=2000,
         blank=True,
-        validators=[validate_http_url],
-        help_text="Where the http runner posts the heartbeat.",
+        help_text="http: where the heartbeat is posted. openclaw: the other gateway, ws://… or "
+        "wss://…. chat: the server's base URL, such as http://127.0.0.1:11434/v1.",
+    )
+    model = models.CharField(
+        max_length=200, blank=True, help_text="chat: the model's name, as the server knows it."
+    )
+    key_variable = models.CharField(
+        max_length=100,
+        blank=True,
+        help_text="chat, openclaw: the environment variable that holds the key or token. It must "
+        "be in the setting AGENT_KEY_VARIABLES; the key itself is never stored.",
+    )
+    transcript_bytes = models.PositiveIntegerField(
+        default=64 * 1024,
+        validators=[MaxValueValidator(16 * 1024 * 1024)],
+        help_text="chat: how much of a session's earlier turns is sent along; the oldest are left "
+        "out first.",
     )
     signing_secret = EncryptedTextField(
         blank=True,
         default="",
-        help_text="The Standard Webhooks secret (whsec_…) that signs the http runner's requests.",
+        help_text="The Standard Webhooks secret (whsec_…) that signs what is posted to the agent's "
+        "URL and its reply URL.",
     )
     timeout_seconds = models.PositiveIntegerField(
         default=600,
@@ -105,6 +165,34 @@ class Agent(models.Model):
         default=8,
         validators=[MinValueValidator(1), MaxValueValidator(100)],
         help_text="After so many failed attempts the heartbeat's events become dead letters.",
+    )
+    max_parallel_runs = models.PositiveSmallIntegerField(
+        null=True,
+        blank=True,
+        validators=[MinValueValidator(1), MaxValueValidator(1000)],
+        help_text="How many heartbeats of this agent run at once; empty: as many as there is room.",
+    )
+    max_runs_per_minute = models.PositiveSmallIntegerField(
+        null=True,
+        blank=True,
+        default=20,
+        validators=[MinValueValidator(1), MaxValueValidator(1000)],
+        help_text="How many heartbeats each session has within a minute; what comes beyond waits "
+        "and is handed over together. Empty: no limit.",
+    )
+    max_self_wakes = models.PositiveSmallIntegerField(
+        null=True,
+        blank=True,
+        default=5,
+        validators=[MinValueValidator(1), MaxValueValidator(1000)],
+        help_text="How often in a row a session may be woken by its own runs alone; the next such "
+        "wake is held back. Empty: no limit.",
+    )
+    reply_url = models.CharField(
+        max_length=2000,
+        blank=True,
+        validators=[validate_http_url],
+        help_text="Where each reply is posted, signed; empty: nowhere.",
     )
     created_at = models.DateTimeField(auto_now_add=True)
 
@@ -123,13 +211,40 @@ class Agent(models.Model):
                 signing_key(self.signing_secret)
             except ValueError as error:
                 raise ValidationError({"signing_secret": str(error)}) from error
-        if self.runner == RunnerKind.HTTP and not self.url:
-            raise ValidationError({"url": "The http runner needs a URL."})
+        if (self.active_from is None) != (self.active_until is None):
+            raise ValidationError({"active_until": "Give both times of day, or neither."})
+        if self.active_from is not None and self.active_from == self.active_until:
+            raise ValidationError({"active_until": "Empty both for the whole day."})
+        self._clean_target()
         if self.runner == RunnerKind.COMMAND and not self.command:
             how = f"manage.py agents set {self.id or 'ID'} --runner command -- PROGRAM ARGS…"
             raise ValidationError(
                 {"runner": f"The command runner needs a command, set on the command line: {how}"}
             )
+
+    def _clean_target(self) -> None:
+        """Raise ValidationError unless the runner has what it needs."""
+        if self.runner in _RUNNERS_WITH_URL and not self.url:
+            raise ValidationError({"url": f"The {self.runner} runner needs a URL."})
+        if self.url:
+            try:
+                validate_http_url(self.url, ("http", "https", "ws", "wss"))
+                if self.runner in (RunnerKind.HTTP, RunnerKind.CHAT):
+                    validate_http_url(self.url)
+            except ValidationError as error:
+                raise ValidationError({"url": error.messages}) from error
+        if self.runner == RunnerKind.CHAT and not self.model:
+            raise ValidationError({"model": "The chat runner needs the name of a model."})
+        if self.key_variable and self.key_variable not in settings.AGENT_KEY_VARIABLES:
+            raise ValidationError(
+                {
+                    "key_variable": f"{self.key_variable} is not in the setting "
+                    f"AGENT_KEY_VARIABLES: {', '.join(settings.AGENT_KEY_VARIABLES)}."
+                }
+            )
+
+
+_RUNNERS_WITH_URL = (RunnerKind.HTTP, RunnerKind.OPENCLAW, RunnerKind.CHAT)
 
 
 class GatewaySettings(models.Model):
@@ -207,6 +322,17 @@ class DueReason(models.TextChoices):
     OPERATOR = "operator", "an operator"
 
 
+# Which due session goes first: a person's, then what was woken, then what is only scheduled.
+_FIRST, _USUAL, _LAST = 0, 1, 2
+
+
+class HoldReason(models.TextChoices):
+    """Which guard of its agent holds a session back; `wake.guards` says when."""
+
+    RATE = "rate", "the limit of runs a minute"
+    SELF_WAKES = "self-wakes", "the limit of wakes by its own runs"
+
+
 class Session(models.Model):
     """One conversation of one agent, and the work that is due in it."""
 
@@ -215,6 +341,20 @@ class Session(models.Model):
     queued = models.PositiveIntegerField(default=0, help_text="Events in the state queued.")
     due_at = models.DateTimeField(null=True, blank=True)
     due_reason = models.CharField(max_length=16, choices=DueReason.choices, blank=True, default="")
+    priority = models.GeneratedField(
+        expression=Case(
+            When(due_reason__in=(DueReason.OPERATOR, DueReason.REQUEUE), then=Value(_FIRST)),
+            When(due_reason=DueReason.SCHEDULE, then=Value(_LAST)),
+            default=Value(_USUAL),
+        ),
+        output_field=models.SmallIntegerField(),
+        db_persist=True,
+    )
+    # Until when a guard lets no heartbeat begin, and which one; `due_at` is not before that.
+    held_until = models.DateTimeField(null=True, blank=True)
+    held_by = models.CharField(max_length=16, choices=HoldReason.choices, blank=True, default="")
+    # Heartbeats in a row whose events all came from the session's own runs.
+    own_runs = models.PositiveIntegerField(default=0)
     # Attempts at the present batch of events, the running one included; 0 when nothing failed.
     attempts = models.PositiveSmallIntegerField(default=0)
     # The last event of the batch that was handed to the agent and is not settled yet: a retry
@@ -245,9 +385,10 @@ class Session(models.Model):
             ),
         ]
         indexes: ClassVar = [
-            # queue.claim: the sessions of an agent that are due and free, the longest due first.
+            # queue.claim: the sessions of an agent that are due and free, by priority, and within
+            # one the longest due first.
             models.Index(
-                fields=["agent", "due_at", "id"],
+                fields=["agent", "priority", "due_at", "id"],
                 condition=Q(due_at__isnull=False, lease_token__isnull=True),
                 name="session_due",
             ),
@@ -287,6 +428,8 @@ class SystemEvent(models.Model):
     )
     # A turn of its own (AgentTurn): handed over alone, never coalesced.
     alone = models.BooleanField(default=False, db_default=False)
+    # A run of the same session sent it.
+    own = models.BooleanField(default=False, db_default=False)
     state = models.CharField(max_length=16, choices=EventState.choices, default=EventState.QUEUED)
     created_at = models.DateTimeField()
     settled_at = models.DateTimeField(null=True, blank=True)
@@ -361,6 +504,7 @@ class Heartbeat(models.Model):
     session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="heartbeats")
     reason = models.CharField(max_length=16, choices=DueReason.choices)
     attempt = models.PositiveSmallIntegerField(default=1)
+    runner = models.CharField(max_length=16, choices=RunnerKind.choices, blank=True, default="")
     status = models.CharField(
         max_length=16, choices=HeartbeatStatus.choices, default=HeartbeatStatus.RUNNING
     )
@@ -391,6 +535,89 @@ class Heartbeat(models.Model):
     @property
     def duration(self) -> timedelta | None:
         return self.finished_at - self.started_at if self.finished_at else None
+
+
+class ReplyState(models.TextChoices):
+    PENDING = "pending", "pending"
+    SENT = "sent", "sent"
+    FAILED = "failed", "failed"
+
+
+class ReplyPost(models.Model):
+    """A reply on its way to its agent's reply URL. Changed by `wake.heartbeats.replies` alone."""
+
+    heartbeat = models.OneToOneField(
+        Heartbeat, on_delete=models.CASCADE, primary_key=True, related_name="reply_post"
+    )
+    state = models.CharField(max_length=16, choices=ReplyState.choices, default=ReplyState.PENDING)
+    attempts = models.PositiveSmallIntegerField(default=0)
+    # When the next attempt is due; during one, when it counts as lost.
+    due_at = models.DateTimeField(null=True, blank=True)
+    error = models.TextField(blank=True, default="")
+    created_at = models.DateTimeField()
+    settled_at = models.DateTimeField(null=True, blank=True)
+
+    class Meta:
+        constraints: ClassVar = [
+            models.CheckConstraint(
+                condition=Q(state="pending", due_at__isnull=False)
+                | (~Q(state="pending") & Q(due_at__isnull=True)),
+                name="reply_post_pending_is_due",
+            ),
+        ]
+        indexes: ClassVar = [
+            # heartbeats.replies: what is due.
+            models.Index(fields=["due_at"], condition=Q(state="pending"), name="reply_post_due"),
+        ]
+
+    def __str__(self) -> str:
+        return f"reply of {self.heartbeat_id}"
+
+
+class AgentReach(models.Model):
+    """How one heartbeat process reaches an agent, where that is not the same for all of them.
+
+    Written by each process for itself when it changes and every so often; old rows say nothing.
+    """
+
+    agent = models.ForeignKey(Agent, on_delete=models.CASCADE, related_name="reaches")
+    owner = models.CharField(max_length=200, help_text="The heartbeat process.")
+    clients = models.PositiveIntegerField(default=0, help_text="inbox: who is connected there.")
+    capacity = models.PositiveIntegerField(default=0, help_text="inbox: their places together.")
+    problem = models.TextField(
+        blank=True, default="", help_text="openclaw: why the other gateway is not reached."
+    )
+    seen_at = models.DateTimeField()
+
+    class Meta:
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["agent", "owner"], name="agent_reach_unique")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.agent_id} from {self.owner}"
+
+
+class Tally(models.Model):
+    """A running count, kept in the transaction that it counts; `wake.metrics` reads and writes it.
+
+    Several rows, one for each `shard`, add up to one count, so that processes do not wait for each
+    other's rows.
+    """
+
+    name = models.CharField(max_length=64)
+    labels = models.CharField(max_length=200, blank=True, default="")
+    shard = models.PositiveSmallIntegerField(default=0)
+    value = models.FloatField(default=0.0)
+
+    class Meta:
+        verbose_name_plural = "tallies"
+        constraints: ClassVar = [
+            models.UniqueConstraint(fields=["name", "labels", "shard"], name="tally_unique")
+        ]
+
+    def __str__(self) -> str:
+        return f"{self.name}{{{self.labels}}}"
 
 
 class HashedToken(models.Model):
@@ -448,6 +675,15 @@ class GatewayToken(HashedToken):
         validators=[validate_scopes],
         error_messages={"blank": "Choose at least one scope."},
         help_text="What the token may be used for.",
+    )
+    agent = models.ForeignKey(
+        Agent,
+        on_delete=models.CASCADE,
+        null=True,
+        blank=True,
+        related_name="tokens",
+        help_text="A program that connects with it may take this agent's heartbeats (runner "
+        "inbox); empty: nobody's, unless its scopes say so.",
     )
 
 

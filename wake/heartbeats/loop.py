@@ -246,7 +246,7 @@ class HeartbeatLoop:
 
     def _runner(self, kind: RunnerKind) -> Runner:
         if kind not in self._runners:
-            self._runners[kind] = make_runner(kind)
+            self._runners[kind] = make_runner(kind, self._look_again.set)
         return self._runners[kind]
 
     async def _settle(self, claim: Claim, step: Callable[[], None]) -> None:

@@ -32,6 +32,7 @@ from wake.heartbeats.runners import (
     Delivered,
     Failed,
     Outcome,
+    Runner,
     Turn,
     cut,
 )
@@ -49,6 +50,7 @@ _MAX_KEPT_BYTES = MAX_REPLY_BYTES + 3
 # what others of its parts read there. An agent gets the rest, its own keys and proxies included.
 GATEWAY_VARIABLES: Final = frozenset(
     {
+        "AGENT_KEY_VARIABLES",
         "ALLOWED_HOSTS",
         "CSRF_TRUSTED_ORIGINS",
         "DATABASE_URL",
@@ -89,7 +91,7 @@ def agent_environment(inherited: Mapping[str, str], turn: Turn) -> dict[str, str
     }
 
 
-class CommandRunner:
+class CommandRunner(Runner):
     """Runs the agent's command, once for each turn.
 
     `terminate_grace` is how many seconds a group has between SIGTERM and SIGKILL, `output_grace`
@@ -98,10 +100,12 @@ class CommandRunner:
 
     def __init__(
         self,
+        look_again: Callable[[], None] = lambda: None,
         *,
         terminate_grace: float = TERMINATE_GRACE_SECONDS,
         output_grace: float = OUTPUT_GRACE_SECONDS,
     ) -> None:
+        super().__init__(look_again)
         self._terminate_grace = terminate_grace
         self._output_grace = output_grace
 
@@ -123,9 +127,6 @@ class CommandRunner:
         finally:
             program.close()
         return _outcome(program.exit_status, bytes(program.output), bytes(program.errors))
-
-    async def close(self) -> None:
-        """Nothing is held between runs."""
 
 
 def _outcome(exit_status: int, output: bytes, errors: bytes) -> Outcome:

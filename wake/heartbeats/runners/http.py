@@ -12,7 +12,7 @@ any HTTP client; an agent on this machine is never reached through a proxy.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from http.cookiejar import CookieJar, DefaultCookiePolicy
@@ -22,7 +22,7 @@ import httpx
 import msgspec
 from django.utils import timezone
 
-from wake.heartbeats.runners import MAX_REPLY_BYTES, Delivered, Failed, Outcome, Turn, cut
+from wake.heartbeats.runners import MAX_REPLY_BYTES, Delivered, Failed, Outcome, Runner, Turn, cut
 from wake.redaction import without_credentials
 from wake.signing import signature_headers
 
@@ -36,10 +36,11 @@ RETRYABLE_CLIENT_ERRORS: Final = frozenset({408, 425, 429})
 _LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
-class HttpRunner:
+class HttpRunner(Runner):
     """Posts each turn to its agent's URL, all of them with one client."""
 
-    def __init__(self) -> None:
+    def __init__(self, look_again: Callable[[], None] = lambda: None) -> None:
+        super().__init__(look_again)
         self._held_client: httpx.AsyncClient | None = None
 
     async def run(self, turn: Turn) -> Outcome:
