@@ -20,10 +20,19 @@ from hooks.models import ENDPOINTS, LONGEST_TURN_SECONDS, SignatureScheme
 from hooks.policy import KeyOrigin
 from hooks.template import HookRequest
 from wake.configuration import GatewayConfiguration
-from wake.dispatch import Mode, Turn, WakeRequest, clean_text, resolve_session
+from wake.dispatch import (
+    Mode,
+    Turn,
+    WakeRequest,
+    clean_text,
+    parse_run_id,
+    resolve_session,
+)
 
 WAKE_PATH: Final = "wake"
 AGENT_PATH: Final = "agent"
+# An agent that posts from within a run names it, so that a run cannot wake its session for ever.
+RUN_HEADER: Final = "x-openclaw-run-id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +199,7 @@ def _checked(
     if wake.session_key is not None and session is not None:
         policy.check_prefix(hooks, wake.session_key, session.key)
     yield Allowed()
-    return wake
+    return replace(wake, run_id=parse_run_id(request.headers.get(RUN_HEADER)))
 
 
 def _challenge(matching: MappingConfiguration, payload: Any) -> str | None:

@@ -15,18 +15,21 @@ import time as clock
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
-from datetime import time, timedelta
+from datetime import datetime, time, timedelta
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
 from django.db import DatabaseError, connection, connections, transaction
+from django.utils import timezone
 
 from wake.errors import AgentError
-from wake.models import Agent, GatewaySettings, IdleRuns, RunnerKind
+from wake.models import Agent, AgentReach, GatewaySettings, IdleRuns, RunnerKind
 from wake.session_keys import Scope, SessionKey, main_session_key
 from wake.threads import on_kept_connection
 
 MAX_AGE_SECONDS = 0.5
+# A process says again how it reaches its agents well within this time.
+REACH_COUNTS_FOR = timedelta(seconds=90)
 JOIN_SECONDS = 2.0
 
 logger = logging.getLogger(__name__)
@@ -220,9 +223,27 @@ class AgentConfiguration:
     reply_url: str = ""
 
     @property
+    def only_with_events(self) -> bool:
+        """Whether heartbeats without events do not run. Another gateway has its own schedule."""
+        return self.idle_runs == IdleRuns.WITH_EVENTS or self.runner == RunnerKind.OPENCLAW
+
+    @property
     def runs(self) -> bool:
         """Whether due heartbeats of this agent may run; otherwise its events wait."""
         return self.enabled and not self.paused and self.runner != RunnerKind.NONE
+
+
+@dataclass(frozen=True, slots=True)
+class Reach:
+    """How an agent is reached, where that depends on connections that processes hold.
+
+    `clients` and `capacity` are those of the agent's programs that are connected (runner `inbox`);
+    `problem` is why it is reached by none, for a person, or empty.
+    """
+
+    clients: int = 0
+    capacity: int = 0
+    problem: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -236,6 +257,8 @@ class GatewayConfiguration:
     heartbeats_enabled: bool = True
     max_parallel_heartbeats: int = 16
     max_queued_events: int = 10_000
+    # By agent id: how the heartbeat processes reach those that not every one of them can.
+    reach: Mapping[str, Reach] = field(default_factory=lambda: MappingProxyType({}))
 
     def agent(self, agent_id: str | None) -> AgentConfiguration:
         """Return the enabled agent that a request selects, or the default one for None or blank.
@@ -272,7 +295,22 @@ def read() -> GatewayConfiguration:
         heartbeats_enabled=stored.heartbeats_enabled,
         max_parallel_heartbeats=stored.max_parallel_heartbeats,
         max_queued_events=stored.max_queued_events,
+        reach=MappingProxyType(_reach(timezone.now())),
     )
+
+
+def _reach(now: datetime) -> dict[str, Reach]:
+    """Return how all processes together reach their agents, from what each of them last said."""
+    together: dict[str, Reach] = {}
+    for said in AgentReach.objects.filter(seen_at__gt=now - REACH_COUNTS_FOR).order_by("pk"):
+        known = together.get(said.agent_id)
+        together[said.agent_id] = Reach(
+            clients=said.clients + (known.clients if known else 0),
+            capacity=said.capacity + (known.capacity if known else 0),
+            # One that reaches it is enough.
+            problem=said.problem if known is None or known.problem else "",
+        )
+    return together
 
 
 def _frozen(agent: Agent) -> AgentConfiguration:

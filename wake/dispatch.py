@@ -41,7 +41,8 @@ class WakeRequest:
     """What a door asks for. A blank session key or agent id means none.
 
     With a `turn` the event has a turn of its own: it is due at once and handed over alone, and the
-    mode is that of the note about the outcome.
+    mode is that of the note about the outcome. What a person wants goes before the rest. `run_id`
+    is the run that sends it, if an agent does: its wakes of its own session are limited.
     """
 
     text: str
@@ -51,6 +52,8 @@ class WakeRequest:
     agent_id: str | None = None
     external: bool = False
     turn: Turn | None = None
+    by_person: bool = False
+    run_id: UUID | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,7 +129,8 @@ def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) ->
     """
     text = clean_text(request.text)
     agent, session = resolve_session(request.session_key, request.agent_id, snapshot)
-    at_once = queue.Due(now, DueReason.WAKE)
+    at_once = queue.Due(now, DueReason.OPERATOR if request.by_person else DueReason.WAKE)
+    self_wakes = snapshot.agents[agent].max_self_wakes
     main_session = snapshot.main_session(agent)
     if request.turn:
         return queue.Entry(
@@ -137,6 +141,8 @@ def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) ->
             at_once,
             turn=request.turn,
             note_mode=request.mode.value,
+            run_id=request.run_id,
+            self_wake_limit=self_wakes,
         )
     nudged: tuple[SessionKey, ...] = ()
     if session is None:
@@ -149,7 +155,16 @@ def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) ->
         scheduled = schedule.next_due(agent, snapshot.agents[agent].heartbeat_every, now)
         if scheduled:
             due = queue.Due(scheduled, DueReason.SCHEDULE)
-    return queue.Entry(session, text, request.source, request.external, due, nudged)
+    return queue.Entry(
+        session,
+        text,
+        request.source,
+        request.external,
+        due,
+        nudged,
+        run_id=request.run_id,
+        self_wake_limit=self_wakes,
+    )
 
 
 def resolve_session(
@@ -216,6 +231,14 @@ def clean_text(text: str) -> str:
     if "\0" in trimmed:
         raise TextError("text contains a NUL character")
     return trimmed
+
+
+def parse_run_id(written: str | None) -> UUID | None:
+    """Return the run that says to be the sender; None where none does, or no run can be meant."""
+    try:
+        return UUID(written) if written else None
+    except ValueError:
+        return None
 
 
 def for_system_event(text: str, session_key: str | None, *, source: str) -> WakeRequest:

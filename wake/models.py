@@ -319,11 +319,20 @@ class DueReason(models.TextChoices):
     RETRY = "retry", "retry after a failure"
     RECOVERY = "recovery", "recovery of a lost heartbeat"
     REQUEUE = "requeue", "requeued dead letters"
-    OPERATOR = "operator", "an operator"
+    OPERATOR = "operator", "a person"
 
 
 # Which due session goes first: a person's, then what was woken, then what is only scheduled.
-_FIRST, _USUAL, _LAST = 0, 1, 2
+PRIORITIES = (0, 1, 2)
+_FIRST, _USUAL, _LAST = PRIORITIES
+_FIRST_REASONS = (DueReason.OPERATOR, DueReason.REQUEUE)
+
+
+def priority_of(reason: str) -> int:
+    """Return the place of a reason in that order, as the database has it in `Session.priority`."""
+    if reason in _FIRST_REASONS:
+        return _FIRST
+    return _LAST if reason == DueReason.SCHEDULE else _USUAL
 
 
 class HoldReason(models.TextChoices):
@@ -343,7 +352,7 @@ class Session(models.Model):
     due_reason = models.CharField(max_length=16, choices=DueReason.choices, blank=True, default="")
     priority = models.GeneratedField(
         expression=Case(
-            When(due_reason__in=(DueReason.OPERATOR, DueReason.REQUEUE), then=Value(_FIRST)),
+            When(due_reason__in=_FIRST_REASONS, then=Value(_FIRST)),
             When(due_reason=DueReason.SCHEDULE, then=Value(_LAST)),
             default=Value(_USUAL),
         ),

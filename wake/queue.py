@@ -21,20 +21,24 @@ from typing import Final, Literal
 from uuid import UUID
 
 from django.db import transaction
-from django.db.models import F, Min, OuterRef, Q, Subquery
+from django.db.models import Count, F, Min, OuterRef, Q, Subquery
 from uuid_utils.compat import uuid7
 
-from wake import doorbell
+from wake import doorbell, guards
 from wake.errors import LeaseLost, QueueFull
 from wake.models import (
+    PRIORITIES,
     Agent,
     AgentTurn,
     DueReason,
     EventState,
     Heartbeat,
     HeartbeatStatus,
+    HoldReason,
+    RunnerKind,
     Session,
     SystemEvent,
+    priority_of,
 )
 from wake.session_keys import SessionKey
 
@@ -51,6 +55,13 @@ _IMMEDIATE_REASONS: Final = (
     DueReason.RECOVERY,
     DueReason.REQUEUE,
     DueReason.OPERATOR,
+)
+# A heartbeat without events that is due for one of these is nobody's wish.
+_IDLE_REASONS: Final = (
+    DueReason.WAKE,
+    DueReason.SCHEDULE,
+    DueReason.RETRY,
+    DueReason.RECOVERY,
 )
 
 
@@ -80,7 +91,9 @@ class Turn:
 class Entry:
     """One event to store, when its session is due with it, and who else is nudged with it.
 
-    `note_mode` is the mode of the note about the outcome of its `turn`, if it has one.
+    `note_mode` is the mode of the note about the outcome of its `turn`, if it has one. `run_id` is
+    the run that sends it, if one does; where that is a run of the same session,
+    `self_wake_limit` is how often in a row it may.
     """
 
     session: SessionKey
@@ -91,6 +104,8 @@ class Entry:
     nudged: tuple[SessionKey, ...] = ()
     turn: Turn | None = None
     note_mode: str = ""
+    run_id: UUID | None = None
+    self_wake_limit: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,6 +114,23 @@ class Stored:
 
     outcome: Literal["queued", "coalesced"]
     event_id: UUID
+
+
+@dataclass(frozen=True, slots=True)
+class Terms:
+    """On what terms an agent's sessions are claimed.
+
+    `running` is how many runs of it the caller has under way, and `most` how many it may have.
+    `max_parallel_runs` counts those of all processes. With `only_with_events` a heartbeat that
+    would have none does not run. `runner` is recorded with each run.
+    """
+
+    running: int
+    most: int
+    max_parallel_runs: int | None = None
+    max_runs_per_minute: int | None = None
+    only_with_events: bool = False
+    runner: RunnerKind = RunnerKind.NONE
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,13 +184,15 @@ def enqueue(
         wanted = {key for entry in entries for key in (entry.session, *entry.nudged)}
         sessions = _locked_sessions(wanted)
         newest = _newest_queued_events(session.pk for session in sessions.values())
+        senders = _sessions_of_runs(entries)
         results: list[Stored | QueueFull] = []
         fresh: list[SystemEvent] = []
         turns: list[AgentTurn] = []
         for entry in entries:
             session = sessions[entry.session]
+            is_own = entry.run_id is not None and senders.get(entry.run_id) == session.pk
             twin = newest.get(session.pk)
-            if twin and _is_same(twin, entry):
+            if twin and _is_same(twin, entry, is_own):
                 results.append(Stored("coalesced", twin.uid))
             elif session.queued >= max_queued:
                 results.append(
@@ -176,6 +210,7 @@ def enqueue(
                     source=entry.source,
                     external=entry.external,
                     alone=entry.turn is not None,
+                    own=is_own,
                     created_at=now,
                 )
                 fresh.append(event)
@@ -196,13 +231,16 @@ def enqueue(
                 session.queued += 1
                 session.last_event_at = now
                 results.append(Stored("queued", event.uid))
-            _bring_forward(session, entry.due)
+            if is_own and guards.is_self_wake_held(session.own_runs, entry.self_wake_limit):
+                _hold_self_wake(session, now)
+            else:
+                _bring_forward(session, entry.due)
             for nudged in entry.nudged:
                 _bring_forward(sessions[nudged], Due(now, DueReason.WAKE))
         SystemEvent.objects.bulk_create(fresh)
         AgentTurn.objects.bulk_create(turns)
         Session.objects.bulk_update(
-            sessions.values(), ["queued", "attempts", "due_at", "due_reason", "last_event_at"]
+            sessions.values(), ["queued", "attempts", "last_event_at", *_DUE_FIELDS]
         )
         doorbell.ring([session.pk for session in sessions.values()])
     return results
@@ -254,17 +292,54 @@ def _newest_queued_events(session_ids: Iterable[int]) -> dict[int, SystemEvent]:
     return {event.session_id: event for event in events}
 
 
-def _is_same(event: SystemEvent, entry: Entry) -> bool:
+def _sessions_of_runs(entries: Sequence[Entry]) -> dict[UUID, int]:
+    """Return, by run, the id of its session; for the runs that send one of the entries."""
+    runs = {entry.run_id for entry in entries if entry.run_id}
+    if not runs:
+        return {}
+    return dict(Heartbeat.objects.filter(run_id__in=runs).values_list("run_id", "session_id"))
+
+
+def _is_same(event: SystemEvent, entry: Entry, is_own: bool) -> bool:
     if event.alone or entry.turn:
         return False
-    return (event.text, event.source, event.external) == (entry.text, entry.source, entry.external)
+    stored = (event.text, event.source, event.external, event.own)
+    return stored == (entry.text, entry.source, entry.external, is_own)
+
+
+# What the functions below change of a session.
+_DUE_FIELDS: Final = ("due_at", "due_reason", "held_until", "held_by")
 
 
 def _bring_forward(session: Session, due: Due) -> None:
-    """Make the session due at `due`, unless it is due earlier or backs off from a failure."""
+    """Make the session due at `due`, unless it is due earlier or backs off from a failure.
+
+    Where its rate is limited now, it is due when that ends. What is due already takes the more
+    urgent one of its reasons.
+    """
+    at = max(due.at, _rate_hold(session) or due.at)
     backs_off = session.attempts > 0 and session.lease_token is None
-    if session.due_at is None or (due.at < session.due_at and not backs_off):
-        session.due_at, session.due_reason = due.at, due.reason
+    if session.due_at is None or (at < session.due_at and not backs_off):
+        session.due_at, session.due_reason = at, due.reason
+    elif session.due_at <= due.at and priority_of(due.reason) < priority_of(session.due_reason):
+        session.due_reason = due.reason
+    if session.held_by == HoldReason.SELF_WAKES and session.due_at != session.held_until:
+        _lift_hold(session)
+
+
+def _rate_hold(session: Session) -> datetime | None:
+    return session.held_until if session.held_by == HoldReason.RATE else None
+
+
+def _hold_self_wake(session: Session, now: datetime) -> None:
+    """Let the session wait for somebody else to wake it, or for the end of a long pause."""
+    if session.due_at is None:
+        session.due_at, session.due_reason = now + guards.SELF_WAKE_HOLD, DueReason.WAKE
+        session.held_until, session.held_by = session.due_at, HoldReason.SELF_WAKES
+
+
+def _lift_hold(session: Session) -> None:
+    session.held_until, session.held_by = None, ""
 
 
 # --- Out ----------------------------------------------------------------------------------------
@@ -280,41 +355,51 @@ def next_due(agents: Collection[str]) -> datetime | None:
 
 
 def claim(
-    running: Mapping[str, int],
+    terms: Mapping[str, Terms],
     *,
     limit: int,
-    most_each: int,
     owner: str,
     now: datetime,
     lease: timedelta,
 ) -> list[Claim]:
-    """Lease up to `limit` due sessions, each agent's in the order in which they were due.
+    """Lease up to `limit` due sessions of the agents in `terms`.
 
-    `running` names the agents to claim for, with how many runs of theirs the caller has under way;
-    none gets more than `most_each`. Agents take turns, so that one with much to do does not hold
-    up the others. Fewer claims than `limit` do not mean that nothing more is due.
+    What a person asked for goes first, then what was woken, then what is only scheduled. Within
+    one of these agents take turns, so that one with much to do does not hold up the others, and
+    each agent's sessions come in the order in which they were due. Fewer claims than `limit` do
+    not mean that nothing more is due.
 
     Each claim's heartbeat is recorded as running, and counts as an attempt from now on: a process
     that dies with it has used it up.
     """
-    due = Session.objects.filter(due_at__lte=now, lease_token__isnull=True)
-    first = due.filter(agent_id=OuterRef("pk")).order_by("due_at").values("due_at")[:1]
     with transaction.atomic():
-        firsts = Agent.objects.filter(pk__in=running).annotate(first=Subquery(first))
-        places = allot(
-            dict(firsts.filter(first__isnull=False).values_list("pk", "first")),
-            running,
-            limit=limit,
-            most_each=most_each,
-        )
-        claims = [
-            _take(session, owner=owner, now=now, lease=lease)
-            for agent_id, count in places.items()
-            # Another process may hold a row's lock: it is claiming it, so it is skipped.
-            for session in due.filter(agent_id=agent_id)
-            .order_by("due_at", "pk")
-            .select_for_update(skip_locked=True)[:count]
-        ]
+        _pass_over_idle(terms, now)
+        running = {agent_id: agent_terms.running for agent_id, agent_terms in terms.items()}
+        most = _most(terms)
+        claims: list[Claim] = []
+        for priority in PRIORITIES:
+            due = Session.objects.filter(
+                due_at__lte=now, lease_token__isnull=True, priority=priority
+            )
+            first = due.filter(agent_id=OuterRef("pk")).order_by("due_at").values("due_at")[:1]
+            firsts = Agent.objects.filter(pk__in=terms).annotate(first=Subquery(first))
+            places = allot(
+                dict(firsts.filter(first__isnull=False).values_list("pk", "first")),
+                running,
+                limit=limit - len(claims),
+                most=most,
+            )
+            for agent_id, count in places.items():
+                # Another process may hold a row's lock: it is claiming it, so it is skipped.
+                sessions = due.filter(agent_id=agent_id).order_by("due_at", "pk")
+                taken = [
+                    _take(session, terms[agent_id], owner=owner, now=now, lease=lease)
+                    for session in sessions.select_for_update(skip_locked=True)[:count]
+                ]
+                running[agent_id] += len(taken)
+                claims += taken
+            if len(claims) >= limit:
+                break
         if claims:
             Heartbeat.objects.bulk_create(
                 [
@@ -323,6 +408,7 @@ def claim(
                         session_id=taken.session_id,
                         reason=taken.reason,
                         attempt=taken.attempt,
+                        runner=terms[taken.session.agent_id].runner,
                         event_count=len(taken.events),
                         started_at=now,
                     )
@@ -333,35 +419,82 @@ def claim(
     return claims
 
 
+def _pass_over_idle(terms: Mapping[str, Terms], now: datetime) -> None:
+    """Let due heartbeats go by that have no events, where the agent wants none such.
+
+    A person's wish, or dead letters that were requeued, are no idle runs.
+    """
+    agents = [agent_id for agent_id, agent_terms in terms.items() if agent_terms.only_with_events]
+    if agents:
+        Session.objects.filter(
+            agent_id__in=agents,
+            due_at__lte=now,
+            lease_token__isnull=True,
+            queued=0,
+            due_reason__in=_IDLE_REASONS,
+        ).update(due_at=None, due_reason="", attempts=0)
+
+
+def _most(terms: Mapping[str, Terms]) -> dict[str, int]:
+    """Return how many runs each agent may have under way with the caller.
+
+    Where all processes together have a limit, the agent's row is locked, so that two of them do
+    not both take the last place.
+    """
+    limited = sorted(agent_id for agent_id, its in terms.items() if its.max_parallel_runs)
+    if not limited:
+        return {agent_id: its.most for agent_id, its in terms.items()}
+    list(Agent.objects.select_for_update().filter(pk__in=limited).order_by("pk").values_list("pk"))
+    leased = Session.objects.filter(agent_id__in=limited, lease_token__isnull=False)
+    under_way = dict(leased.values_list("agent_id").annotate(Count("pk")).order_by())
+    most = {}
+    for agent_id, its in terms.items():
+        most[agent_id] = its.most
+        if its.max_parallel_runs:
+            elsewhere = max(0, under_way.get(agent_id, 0) - its.running)
+            most[agent_id] = min(its.most, its.max_parallel_runs - elsewhere)
+    return most
+
+
 def allot(
-    first_due: Mapping[str, datetime], running: Mapping[str, int], *, limit: int, most_each: int
+    first_due: Mapping[str, datetime],
+    running: Mapping[str, int],
+    *,
+    limit: int,
+    most: Mapping[str, int],
 ) -> dict[str, int]:
     """Share `limit` places among the agents that have something due. Pure.
 
     Each place goes to the agent with the fewest runs under way, and among equals to the one that
-    has waited longest. Returns the places by agent; an agent may have less due than it is given.
+    has waited longest; none gets more than `most` of it in all. Returns the places by agent; an
+    agent may have less due than it is given.
     """
     waiting = [
         (running.get(agent_id, 0), due_at, agent_id) for agent_id, due_at in first_due.items()
     ]
     heapq.heapify(waiting)
     places: dict[str, int] = defaultdict(int)
-    for _ in range(limit):
-        if not waiting or waiting[0][0] >= most_each:
-            break
+    left = limit
+    while waiting and left > 0:
         count, due_at, agent_id = heapq.heappop(waiting)
-        places[agent_id] += 1
-        heapq.heappush(waiting, (count + 1, due_at, agent_id))
+        if count < most[agent_id]:
+            left -= 1
+            places[agent_id] += 1
+            heapq.heappush(waiting, (count + 1, due_at, agent_id))
     return dict(places)
 
 
-def _take(session: Session, *, owner: str, now: datetime, lease: timedelta) -> Claim:
-    events, more, turn = _next_batch(session)
+def _take(session: Session, terms: Terms, *, owner: str, now: datetime, lease: timedelta) -> Claim:
+    events, more, turn, all_own = _next_batch(session)
     # Attempts count for a batch of events; those of a heartbeat that had none are not theirs, nor
     # those of a batch that has to wait for dead letters that were requeued before it.
     is_new_batch = bool(events) and events[-1].pk != session.batch_through
     attempt = 1 if is_new_batch else session.attempts + 1
     run_id = _run_id_of_turn(events[0]) if turn else uuid7()
+    held_until = _next_rate_hold(session, terms.max_runs_per_minute, now)
+    own_runs = session.own_runs
+    if events and attempt == 1:
+        own_runs = own_runs + 1 if all_own else 0
     # Nobody else can have won: the row was read under its lock in this transaction.
     Session.objects.filter(pk=session.pk).update(
         lease_token=run_id,
@@ -371,6 +504,9 @@ def _take(session: Session, *, owner: str, now: datetime, lease: timedelta) -> C
         due_reason="",
         attempts=attempt,
         batch_through=events[-1].pk if events else None,
+        held_until=held_until,
+        held_by=HoldReason.RATE if held_until else "",
+        own_runs=own_runs,
     )
     return Claim(
         run_id=run_id,
@@ -384,6 +520,15 @@ def _take(session: Session, *, owner: str, now: datetime, lease: timedelta) -> C
     )
 
 
+def _next_rate_hold(session: Session, limit: int | None, now: datetime) -> datetime | None:
+    """Return until when no heartbeat of the session may follow the one that begins now."""
+    if limit is None:
+        return None
+    before = Heartbeat.objects.filter(session=session).order_by("-pk")
+    started = [now, *before.values_list("started_at", flat=True)[: limit - 1]]
+    return guards.rate_hold(started, limit, now)
+
+
 def _run_id_of_turn(event: ClaimedEvent) -> UUID:
     """Return the event's own id, which its sender knows, or a new one if it was used already."""
     # Only this session's heartbeats can have used it, and the session is locked.
@@ -391,28 +536,35 @@ def _run_id_of_turn(event: ClaimedEvent) -> UUID:
     return uuid7() if is_used else event.event_id
 
 
-def _next_batch(session: Session) -> tuple[tuple[ClaimedEvent, ...], bool, Turn | None]:
+def _next_batch(
+    session: Session,
+) -> tuple[tuple[ClaimedEvent, ...], bool, Turn | None, bool]:
     """Return the events of the session's next heartbeat, whether more are queued, and its turn.
 
-    The last is there when the oldest event has a turn of its own; then that event comes alone.
+    The turn is there when the oldest event has one of its own; then that event comes alone. Last,
+    whether all of the events were sent by runs of the session itself.
     """
     queued = SystemEvent.objects.filter(session=session, state=EventState.QUEUED).order_by("pk")
     if session.attempts and session.batch_through is not None:
         # A further attempt takes the batch that failed, whatever came since.
         queued = queued.filter(pk__lte=session.batch_through)
     of_turn = ("alone", "turn__name", "turn__deliver", "turn__timeout_seconds")
-    rows = queued.values_list("pk", "uid", "text", "source", "external", "created_at", *of_turn)
+    rows = queued.values_list(
+        "pk", "uid", "text", "source", "external", "created_at", "own", *of_turn
+    )
     taken: list[ClaimedEvent] = []
+    all_own = True
     size = 0
     for row in rows[:BATCH_EVENTS].iterator(chunk_size=50):
-        event, alone = ClaimedEvent(*row[:6]), row[6]
+        event, own, alone = ClaimedEvent(*row[:6]), row[6], row[7]
         size += len(event.text.encode())
         if taken and (alone or size > BATCH_BYTES):
             break
         taken.append(event)
+        all_own = all_own and own
         if alone:
-            return (event,), session.queued > 1, Turn(*row[7:])
-    return tuple(taken), session.queued > len(taken), None
+            return (event,), session.queued > 1, Turn(*row[8:]), own
+    return tuple(taken), session.queued > len(taken), None, all_own
 
 
 def renew(claims: Collection[Claim], *, now: datetime, lease: timedelta) -> set[UUID]:
@@ -453,10 +605,10 @@ def settle(
     """
     with transaction.atomic():
         session = _leased_session(claim)
-        session.queued -= _settle_events(claim, EventState.DELIVERED, now)
+        session.queued -= _settle_events(claim, claim.events, EventState.DELIVERED, now)
         session.attempts = 0
         session.batch_through = None
-        _give_back(session, claim, now, next_scheduled)
+        _give_back(session, now, next_scheduled, more=claim.more)
         _finish(claim.run_id, status, now, prompt=prompt, reply=reply)
         doorbell.ring([session.pk])
 
@@ -469,44 +621,76 @@ def fail(
     max_attempts: int,
     permanent: bool = False,
     retry_after: timedelta | None = None,
+    handed_over: int = 0,
+    is_about_one: bool = False,
     prompt: str = "",
     next_scheduled: datetime | None = None,
 ) -> None:
-    """Record a failed attempt: try again after a backoff, or make its events dead letters.
+    """Record a failed attempt: the claim's events are due again later, or become dead letters.
 
     Dead letters are made at the last attempt, or at once when the failure is `permanent`.
     `retry_after` is the agent's own wish and lengthens the backoff, to an hour at most.
+    The first `handed_over` of the events were delivered before it failed. What failed is the next
+    one alone where it `is_about_one`, else all the rest.
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
     with transaction.atomic():
         session = _leased_session(claim)
+        session.queued -= _settle_events(
+            claim, claim.events[:handed_over], EventState.DELIVERED, now
+        )
+        rest = claim.events[handed_over:]
+        failed = rest[:1] if is_about_one else rest
+        # What comes after events that were taken is at its first attempt.
+        attempt = 1 if handed_over else claim.attempt
         # A heartbeat without events is not tried again when there are events by now.
         overtaken = not claim.events and session.queued > 0
-        if permanent or overtaken or claim.attempt >= max_attempts:
-            session.queued -= _settle_events(claim, EventState.DEAD, now)
+        if permanent or overtaken or attempt >= max_attempts:
+            session.queued -= _settle_events(claim, failed, EventState.DEAD, now)
             session.attempts = 0
             session.batch_through = None
-            _give_back(session, claim, now, next_scheduled)
+            more = claim.more or len(failed) < len(rest)
+            _give_back(session, now, next_scheduled, more=more)
         else:
-            wait = max(backoff(claim.attempt), min(retry_after or timedelta(0), RETRY_AFTER_LIMIT))
+            wait = max(backoff(attempt), min(retry_after or timedelta(0), RETRY_AFTER_LIMIT))
             _drop_lease(session)
-            session.due_at, session.due_reason = now + wait, DueReason.RETRY
+            session.attempts = attempt
+            session.due_at = max(now + wait, _rate_hold(session) or now)
+            session.due_reason = DueReason.RETRY
             session.last_heartbeat_at = now
             session.save()
         _finish(claim.run_id, HeartbeatStatus.FAILED, now, prompt=prompt, error=error)
         doorbell.ring([session.pk])
 
 
-def release(claim: Claim, *, now: datetime) -> None:
-    """Give a claim back undone, as if it had not been taken: its process is asked to stop.
+def lose(claim: Claim, error: str, *, now: datetime, max_attempts: int) -> None:
+    """Take a claim back from who is gone with it: as `reap` does, without waiting for the lease.
 
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
     with transaction.atomic():
         session = _leased_session(claim)
-        _drop_lease(session)
+        _take_back(session, now, max_attempts, error)
+        doorbell.ring([session.pk])
+
+
+def release(claim: Claim, *, now: datetime, handed_over: int = 0) -> None:
+    """Give a claim back undone, as if it had not been taken: its process is asked to stop.
+
+    The first `handed_over` of its events were delivered, and are not given back.
+    Raises LeaseLost, and changes nothing, when the lease has gone to another run.
+    """
+    with transaction.atomic():
+        session = _leased_session(claim)
+        session.queued -= _settle_events(
+            claim, claim.events[:handed_over], EventState.DELIVERED, now
+        )
         session.attempts = claim.attempt - 1
-        session.due_at, session.due_reason = now, claim.reason
+        if handed_over:
+            session.attempts, session.batch_through = 0, None
+        _drop_lease(session)
+        if session.queued or not handed_over:
+            session.due_at, session.due_reason = now, claim.reason
         session.save()
         _finish(claim.run_id, HeartbeatStatus.RELEASED, now)
         doorbell.ring([session.pk])
@@ -533,26 +717,31 @@ def _leased_session(claim: Claim) -> Session:
     return session
 
 
-def _settle_events(claim: Claim, state: EventState, now: datetime) -> int:
-    """Settle exactly the claim's events and return how many there were."""
+def _settle_events(
+    claim: Claim, events: Sequence[ClaimedEvent], state: EventState, now: datetime
+) -> int:
+    """Settle exactly these events of the claim and return how many there were."""
+    if not events:
+        return 0
     run = Heartbeat.objects.filter(run_id=claim.run_id).values("pk")
     # An event may be missing: an operator can have discarded it while the heartbeat ran.
     return SystemEvent.objects.filter(
-        pk__in=[event.pk for event in claim.events], state=EventState.QUEUED
+        pk__in=[event.pk for event in events], state=EventState.QUEUED
     ).update(state=state, settled_at=now, heartbeat_id=Subquery(run))
 
 
 def _give_back(
-    session: Session, claim: Claim, now: datetime, next_scheduled: datetime | None
+    session: Session, now: datetime, next_scheduled: datetime | None, *, more: bool
 ) -> None:
+    """Free the session. `more` says that events were left out of the claim; they are due now."""
     _drop_lease(session)
     session.last_heartbeat_at = now
-    if claim.more and session.queued:
+    if more and session.queued:
         _bring_forward(session, Due(now, DueReason.WAKE))
     if next_scheduled:
         _bring_forward(session, Due(next_scheduled, DueReason.SCHEDULE))
     if session.queued and session.due_at is None:
-        session.due_at, session.due_reason = now, DueReason.WAKE
+        _bring_forward(session, Due(now, DueReason.WAKE))
     session.save()
 
 
@@ -594,27 +783,32 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
     taken_back: list[int] = []
     with transaction.atomic():
         for session in expired.select_for_update(skip_locked=True).order_by("pk"):
-            token = session.lease_token
-            assert token is not None  # noqa: S101 - the filter says so
             if session.lease_until and session.lease_until > now + lease:
                 Session.objects.filter(pk=session.pk).update(lease_until=now + lease)
                 continue
-            _drop_lease(session)
-            if session.attempts >= max_attempts.get(session.agent_id, 1):
-                session.queued -= _dead_letters(session, token, now)
-                session.attempts = 0
-                session.batch_through = None
-            session.due_at, session.due_reason = now, DueReason.RECOVERY
-            if not session.queued and not session.attempts:
-                session.due_at, session.due_reason = None, ""
-            session.save()
-            _finish(
-                token, HeartbeatStatus.LOST, now, error="its process stopped renewing the lease"
-            )
+            most = max_attempts.get(session.agent_id, 1)
+            _take_back(session, now, most, "its process stopped renewing the lease")
             taken_back.append(session.pk)
         if taken_back:
             doorbell.ring(taken_back)
     return len(taken_back)
+
+
+def _take_back(session: Session, now: datetime, max_attempts: int, error: str) -> None:
+    """End the session's run as lost. The same events are due again, unless it was the last try."""
+    token = session.lease_token
+    assert token is not None  # noqa: S101 - a lost lease was one
+    _drop_lease(session)
+    if session.attempts >= max_attempts:
+        session.queued -= _dead_letters(session, token, now)
+        session.attempts = 0
+        session.batch_through = None
+    session.due_at = max(now, _rate_hold(session) or now)
+    session.due_reason = DueReason.RECOVERY
+    if not session.queued and not session.attempts:
+        session.due_at, session.due_reason = None, ""
+    session.save()
+    _finish(token, HeartbeatStatus.LOST, now, error=error)
 
 
 def _dead_letters(session: Session, run_id: UUID, now: datetime) -> int:
@@ -632,7 +826,11 @@ def correct_due_times(*, now: datetime) -> int:
     They come from a clock that was set back, or from a machine whose clock runs ahead; left alone
     they would stall their sessions for as long as the clock jumped.
     """
-    ahead = Q(due_at__gt=now, due_reason__in=_IMMEDIATE_REASONS)
+    held = Q(held_until__gte=F("due_at")) & (
+        Q(held_by=HoldReason.RATE, held_until__lte=now + guards.MINUTE)
+        | Q(held_by=HoldReason.SELF_WAKES, held_until__lte=now + guards.SELF_WAKE_HOLD)
+    )
+    ahead = Q(due_at__gt=now, due_reason__in=_IMMEDIATE_REASONS) & ~held
     backoff_ahead = Q(due_at__gt=now + RETRY_AFTER_LIMIT, due_reason=DueReason.RETRY)
     stalled = Session.objects.filter(ahead | backoff_ahead)
     if not stalled.exists():
@@ -645,6 +843,32 @@ def turn_back_retries(by: timedelta, *, now: datetime) -> int:
     return Session.objects.filter(due_at__gt=now, due_reason=DueReason.RETRY).update(
         due_at=F("due_at") - by
     )
+
+
+def lift_holds(limits: Mapping[str, tuple[int | None, int | None]], *, now: datetime) -> int:
+    """Free the sessions that a guard holds back which their agent has no more; return how many.
+
+    `limits` are, by agent id, its runs a minute and its wakes by own runs. A limit that is only
+    another number counts from the session's next run on.
+    """
+    free = Q(pk__in=[])
+    for agent_id, (per_minute, self_wakes) in limits.items():
+        if per_minute is None:
+            free |= Q(agent_id=agent_id, held_by=HoldReason.RATE)
+        if self_wakes is None:
+            free |= Q(agent_id=agent_id, held_by=HoldReason.SELF_WAKES)
+    held = Session.objects.filter(free, held_until__gt=now)
+    if not held.exists():
+        return 0
+    with transaction.atomic():
+        sessions = list(held.select_for_update().order_by("pk"))
+        for session in sessions:
+            if session.due_at == session.held_until:
+                session.due_at = now
+            _lift_hold(session)
+            session.save(update_fields=_DUE_FIELDS)
+        doorbell.ring([session.pk for session in sessions])
+    return len(sessions)
 
 
 def keep_schedules(schedules: Mapping[SessionKey, datetime | None], *, now: datetime) -> None:
@@ -672,7 +896,7 @@ def keep_schedules(schedules: Mapping[SessionKey, datetime | None], *, now: date
         sessions = _locked_sessions(changed)
         for key, session in sessions.items():
             _put_on_schedule(session, schedules.get(key), now)
-        Session.objects.bulk_update(sessions.values(), ["due_at", "due_reason"])
+        Session.objects.bulk_update(sessions.values(), _DUE_FIELDS)
         doorbell.ring([session.pk for session in sessions.values()])
 
 
@@ -692,21 +916,28 @@ def _put_on_schedule(session: Session, next_scheduled: datetime | None, now: dat
     if next_scheduled is not None:
         _bring_forward(session, Due(next_scheduled, DueReason.SCHEDULE))
     elif session.queued and session.due_at is None:
-        session.due_at, session.due_reason = now, DueReason.WAKE
+        _bring_forward(session, Due(now, DueReason.WAKE))
 
 
 # --- By hand ------------------------------------------------------------------------------------
 
 
 def wake_sessions(session_ids: Collection[int], *, now: datetime) -> int:
-    """Make sessions due now, even those that back off; return how many. For operators."""
+    """Make sessions due now, even those that back off or are held back; return how many.
+
+    For people: what is due already is not counted, but goes before what nobody asked for.
+    """
     with transaction.atomic():
-        waiting = Session.objects.filter(pk__in=session_ids).exclude(
-            due_at__isnull=False, due_at__lte=now
+        locked = list(
+            Session.objects.filter(pk__in=session_ids)
+            .select_for_update()
+            .order_by("pk")
+            .values_list("pk", flat=True)
         )
-        locked = list(waiting.select_for_update().order_by("pk").values_list("pk", flat=True))
-        woken = Session.objects.filter(pk__in=locked).update(
-            due_at=now, due_reason=DueReason.OPERATOR
+        sessions = Session.objects.filter(pk__in=locked)
+        sessions.filter(due_at__lte=now).update(due_reason=DueReason.OPERATOR)
+        woken = sessions.exclude(due_at__isnull=False, due_at__lte=now).update(
+            due_at=now, due_reason=DueReason.OPERATOR, held_until=None, held_by=""
         )
         doorbell.ring(locked)
     return woken
@@ -728,7 +959,7 @@ def requeue(event_ids: Collection[int], *, now: datetime) -> int:
             )
             session.queued += count
             _bring_forward(session, Due(now, DueReason.REQUEUE))
-            session.save(update_fields=["queued", "due_at", "due_reason"])
+            session.save(update_fields=["queued", *_DUE_FIELDS])
             moved += count
             changed.append(session.pk)
         doorbell.ring(changed)

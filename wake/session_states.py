@@ -8,11 +8,11 @@ from __future__ import annotations
 from datetime import datetime
 from typing import Any
 
-from django.db.models import Case, CharField, Q, QuerySet, Value, When
+from django.db.models import Case, CharField, F, Q, QuerySet, Value, When
 from django.db.models.enums import TextChoices
 
 from wake.configuration import GatewayConfiguration
-from wake.models import DueReason, RunnerKind, Session
+from wake.models import DueReason, HoldReason, RunnerKind, Session
 from wake.presentation import counted, exact, relative
 
 
@@ -21,6 +21,7 @@ class SessionState(TextChoices):
 
     RUNNING = "running", "running"
     WAITING = "waiting", "waiting: its agent does not run"
+    HELD = "held", "held back by a limit of its agent"
     BACKING_OFF = "backing-off", "backing off after a failure"
     DUE = "due", "due"
     SCHEDULED = "scheduled", "scheduled: events wait for their time"
@@ -38,7 +39,22 @@ def hold_reason(agent_id: str, snapshot: GatewayConfiguration) -> str | None:
         return f"agent {agent_id} is paused"
     if agent.runner == RunnerKind.NONE:
         return f"agent {agent_id} has no runner"
-    return None
+    reach = snapshot.reach.get(agent_id)
+    if agent.runner == RunnerKind.INBOX and (reach is None or not reach.clients):
+        return f"no program of agent {agent_id} is connected"
+    return reach.problem or None if reach else None
+
+
+def limit_reason(session: Session, snapshot: GatewayConfiguration) -> str:
+    """Return until when and by which limit a session in the state `held` is held back."""
+    agent = snapshot.agents.get(session.agent_id)
+    limit = "a limit of its agent"
+    if agent and session.held_by == HoldReason.RATE:
+        limit = f"the limit of {agent.max_runs_per_minute} runs a minute"
+    elif agent and session.held_by == HoldReason.SELF_WAKES:
+        limit = f"the limit of {agent.max_self_wakes} wakes in a row by its own runs"
+    until = f"{session.held_until:%H:%M:%S} UTC" if session.held_until else "later"
+    return f"until {until} by {limit}"
 
 
 def with_state(
@@ -51,6 +67,7 @@ def with_state(
     states = [
         (Q(lease_token__isnull=False), SessionState.RUNNING),
         (Q(agent_id__in=held) & has_work, SessionState.WAITING),
+        (Q(due_at__gt=now, due_at=F("held_until"), queued__gt=0), SessionState.HELD),
         (Q(due_reason=DueReason.RETRY, due_at__gt=now), SessionState.BACKING_OFF),
         (is_due, SessionState.DUE),
         (Q(queued__gt=0), SessionState.SCHEDULED),
@@ -103,6 +120,8 @@ def _next_heartbeat(
         return f"Held: {held}; no heartbeat runs."
     if session.due_at is None:
         return "No heartbeat is due."
+    if state == SessionState.HELD:
+        return f"Held back {limit_reason(session, snapshot)}; its events come together then."
     reason = DueReason(session.due_reason).label if session.due_reason else "no reason recorded"
     if state == SessionState.BACKING_OFF:
         return (
@@ -110,5 +129,10 @@ def _next_heartbeat(
             f"{relative(session.due_at, now)}, at {exact(session.due_at)}."
         )
     if state == SessionState.DUE:
-        return f"Due since {exact(session.due_at)} ({reason}): it runs as soon as there is a place."
-    return f"Next heartbeat {relative(session.due_at, now)} ({reason})."
+        most = agent.max_parallel_runs if agent else None
+        place = f"one of the {most} places of agent {session.agent_id}" if most else "a place"
+        return f"Due since {exact(session.due_at)} ({reason}): it runs as soon as there is {place}."
+    unless = ""
+    if agent and agent.only_with_events and not session.queued:
+        unless = ", if there are events by then"
+    return f"Next heartbeat {relative(session.due_at, now)} ({reason}){unless}."

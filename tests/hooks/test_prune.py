@@ -24,6 +24,7 @@ from uuid_utils.compat import uuid7
 from hooks import pruning as hooks_pruning
 from hooks.management.commands.prune import Command
 from hooks.models import DeliveryOutcome, FailedCredentials, HookDelivery, IdempotencyKey
+from tests.claims import terms
 from tests.hooks.conftest import rows, set_policy
 from tests.live import ROOT
 from wake import pruning, queue, upkeep
@@ -65,7 +66,7 @@ def hand_in(at: datetime, key: SessionKey = KEY, *, turn: queue.Turn | None = No
 
 
 def claimed(at: datetime) -> Claim:
-    (claim,) = queue.claim({"main": 0}, limit=1, most_each=1, owner="test", now=at, lease=LEASE)
+    (claim,) = queue.claim(terms("main"), limit=1, owner="test", now=at, lease=LEASE)
     return claim
 
 

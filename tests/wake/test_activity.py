@@ -14,6 +14,7 @@ from zoneinfo import ZoneInfo
 import pytest
 from pytest_django import DjangoAssertNumQueries
 
+from tests.claims import terms
 from wake import activity, queue
 from wake.activity import (
     COMMITTED_WITHIN,
@@ -68,9 +69,7 @@ def store(count: int, at: datetime) -> None:
 
 
 def claim(at: datetime) -> queue.Claim:
-    (taken,) = queue.claim(
-        {"main": 0}, limit=1, most_each=1, owner="test", now=at, lease=timedelta(hours=2)
-    )
+    (taken,) = queue.claim(terms("main"), limit=1, owner="test", now=at, lease=timedelta(hours=2))
     return taken
 
 
@@ -159,9 +158,7 @@ def test_dead_letters_leave_the_queue_when_the_last_attempt_failed() -> None:
 
 def test_a_lost_heartbeat_makes_dead_letters_too() -> None:
     store(1, NOON - seconds(60))
-    queue.claim(
-        {"main": 0}, limit=1, most_each=1, owner="dead", now=NOON - seconds(50), lease=LEASE
-    )
+    queue.claim(terms("main"), limit=1, owner="dead", now=NOON - seconds(50), lease=LEASE)
     queue.reap(now=NOON - seconds(31), lease=LEASE, max_attempts={"main": 1})
     assert numbers(last_minutes(5, NOON), "dead") == [0, 0, 0, 1, 0]
 

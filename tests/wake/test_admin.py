@@ -23,6 +23,7 @@ from tests.admin_browser import (
     said,
     signed_in,
 )
+from tests.claims import terms
 from wake import configuration, dispatch, queue, tokens
 from wake.dispatch import Mode, WakeRequest
 from wake.models import (
@@ -76,9 +77,8 @@ def wake(
 
 def claim(*agents: str) -> queue.Claim:
     return queue.claim(
-        dict.fromkeys(agents or ("main",), 0),
+        terms(*(agents or ("main",))),
         limit=1,
-        most_each=1,
         owner="tests",
         now=timezone.now(),
         lease=LEASE,

@@ -16,6 +16,7 @@ from django.core.management import call_command
 from django.core.management.base import CommandError
 from django.utils import timezone
 
+from tests.claims import terms
 from wake import configuration, queue
 from wake.dispatch import Mode, WakeRequest, dispatch
 from wake.models import Agent, EventState, GatewaySettings, RunnerKind, SystemEvent
@@ -197,7 +198,7 @@ def test_the_list_counts_what_waits_is_due_and_is_dead() -> None:
 
     now = timezone.now()
     lease = timedelta(seconds=15)
-    [claim] = queue.claim({"ops": 0}, limit=1, most_each=1, owner="test", now=now, lease=lease)
+    [claim] = queue.claim(terms("ops"), limit=1, owner="test", now=now, lease=lease)
     queue.fail(claim, "no", now=now, max_attempts=8, permanent=True)
     counts = {name: (row["queued"], row["due"], row["dead"]) for name, row in listed().items()}
     assert counts["ops"] == (2, 1, 2)

@@ -15,6 +15,7 @@ from django.db import connection
 from hypothesis import given
 from hypothesis import strategies as st
 
+from tests.claims import terms
 from wake import configuration, queue
 from wake.configuration import AgentConfiguration, GatewayConfiguration
 from wake.dispatch import (
@@ -216,9 +217,8 @@ def test_fan_out_puts_the_event_in_one_session_and_wakes_both_agents() -> None:
     dispatch(WakeRequest("everyone", "cli"))
     assert SystemEvent.objects.get().session.key == "agent:main:main"
     due = queue.claim(
-        {"main": 0, "ops": 0},
+        terms("main", "ops"),
         limit=9,
-        most_each=9,
         owner="t",
         now=datetime.now(UTC),
         lease=timedelta(9),

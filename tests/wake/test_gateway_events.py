@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from websockets.exceptions import ConnectionClosed
 
+from tests.claims import terms
 from tests.live import ROOT, LiveGateway
 from tests.wake.gateway_server import Json, Wire, connect_params, connected, serving
 from wake import doorbell, queue
@@ -54,9 +55,7 @@ def named_change(wire: Wire) -> Json:
 
 
 def next_claim() -> queue.Claim:
-    (claim,) = queue.claim(
-        {"main": 0}, limit=1, most_each=1, owner="test", now=timezone.now(), lease=LEASE
-    )
+    (claim,) = queue.claim(terms("main"), limit=1, owner="test", now=timezone.now(), lease=LEASE)
     return claim
 
 

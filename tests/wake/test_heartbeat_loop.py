@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from asgiref.sync import sync_to_async
 
+from tests.claims import terms
 from wake import configuration, queue
 from wake.dispatch import Mode, Receipt, WakeRequest, dispatch
 from wake.heartbeats.loop import HeartbeatLoop
@@ -361,7 +362,7 @@ async def test_a_clock_that_is_set_forward_takes_no_lease_from_a_living_process(
     await sync_to_async(set_agent)(**recorder(inbox), heartbeat_every=timedelta(0))
     await sync_to_async(wake)("elsewhere")
     (elsewhere,) = await sync_to_async(queue.claim)(
-        {"main": 0}, limit=1, most_each=1, owner="other", now=datetime.now(UTC), lease=lease
+        terms("main"), limit=1, owner="other", now=datetime.now(UTC), lease=lease
     )
     leap = [timedelta(0)]
     async with serving(HeartbeatLoop(clock=lambda: datetime.now(UTC) + leap[0], lease=lease)):
@@ -381,7 +382,7 @@ async def test_a_clock_that_is_set_back_stalls_neither_schedules_nor_retries(
     await sync_to_async(set_agent)(**recorder(inbox), timeout_seconds=600)
     await sync_to_async(wake)("once more")
     (first,) = await sync_to_async(queue.claim)(
-        {"main": 0}, limit=1, most_each=1, owner="other", now=datetime.now(UTC),
+        terms("main"), limit=1, owner="other", now=datetime.now(UTC),
         lease=timedelta(seconds=15),
     )  # fmt: skip
     back = [timedelta(0)]

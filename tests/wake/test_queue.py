@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from pytest_django import DjangoAssertNumQueries
 
+from tests.claims import terms
 from wake import queue
 from wake.errors import LeaseLost, QueueFull
 from wake.models import (
@@ -21,7 +22,7 @@ from wake.models import (
     Session,
     SystemEvent,
 )
-from wake.queue import BACKOFF_LIMIT, Claim, Due, Entry, Stored
+from wake.queue import BACKOFF_LIMIT, Claim, Due, Entry, Stored, Terms
 from wake.session_keys import SessionKey
 
 pytestmark = pytest.mark.django_db
@@ -44,9 +45,7 @@ def enqueue(*entries: Entry, max_queued: int = 10_000) -> list[Stored | QueueFul
 def claim(
     now: datetime = NOW, *, limit: int = 10, agents: tuple[str, ...] = ("main",)
 ) -> list[Claim]:
-    return queue.claim(
-        dict.fromkeys(agents, 0), limit=limit, most_each=99, owner="test", now=now, lease=LEASE
-    )
+    return queue.claim(terms(*agents), limit=limit, owner="test", now=now, lease=LEASE)
 
 
 def outcomes(results: list[Stored | QueueFull]) -> list[str]:
@@ -293,9 +292,8 @@ def test_agents_take_turns(limit: int) -> None:
     running = {"main": 0, "ops": 0}
     order: list[str] = []
     while len(order) < 4:
-        for taken in queue.claim(
-            running, limit=limit, most_each=99, owner="test", now=NOW, lease=LEASE
-        ):
+        now_running = {agent: Terms(count, 99) for agent, count in running.items()}
+        for taken in queue.claim(now_running, limit=limit, owner="test", now=NOW, lease=LEASE):
             order.append(taken.session.agent_id)
             running[taken.session.agent_id] += 1
     assert order.index("ops") == 1, "the longer backlog must not come first again and again"
@@ -303,7 +301,7 @@ def test_agents_take_turns(limit: int) -> None:
 
 def test_no_agent_takes_more_places_than_it_may() -> None:
     enqueue(*(entry("a", SessionKey("main", f"agent:main:{n}")) for n in range(9)))
-    taken = queue.claim({"main": 2}, limit=9, most_each=5, owner="t", now=NOW, lease=LEASE)
+    taken = queue.claim(terms("main", running=2, most=5), limit=9, owner="t", now=NOW, lease=LEASE)
     assert len(taken) == 3
 
 
@@ -317,7 +315,8 @@ def test_places_go_to_those_with_the_fewest_runs(
     waits: dict[str, int], running: dict[str, int], limit: int, most_each: int
 ) -> None:
     first_due = {agent: NOW - timedelta(seconds=wait) for agent, wait in waits.items()}
-    places = queue.allot(first_due, running, limit=limit, most_each=most_each)
+    most = dict.fromkeys("abcde", most_each)
+    places = queue.allot(first_due, running, limit=limit, most=most)
     assert sum(places.values()) <= limit
     after = {agent: running.get(agent, 0) + places.get(agent, 0) for agent in waits}
     for agent in places:

@@ -20,6 +20,7 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule, run_state_machine_as_test
 
+from tests.claims import terms
 from wake import queue
 from wake.errors import LeaseLost, QueueFull
 from wake.models import (
@@ -46,6 +47,13 @@ SESSIONS = [
     SessionKey("ops", "agent:ops:b"),
 ]
 AGENTS = {"main", "ops"}
+# One agent has every limit, the other none.
+MOST_A_MINUTE = 3
+MOST_SELF_WAKES = 2
+TERMS = {
+    "main": queue.Terms(0, 99),
+    "ops": queue.Terms(0, 99, max_parallel_runs=1, max_runs_per_minute=MOST_A_MINUTE),
+}
 
 
 class QueueMachine(RuleBasedStateMachine):
@@ -131,17 +139,58 @@ class QueueMachine(RuleBasedStateMachine):
         assert not twin.alone
         assert twin.uid not in in_flight, "the agent may have seen it already: this one is new"
 
+    @rule(data=st.data(), text=st.sampled_from(["x", "own"]))
+    def a_run_wakes_its_own_session(self, data: st.DataObject, text: str) -> None:
+        if not self.open:
+            return
+        claim = data.draw(st.sampled_from(self.open))
+        limit = MOST_SELF_WAKES if claim.session.agent_id == "ops" else None
+        entry = Entry(
+            claim.session,
+            text,
+            "cli",
+            False,
+            Due(self.now, DueReason.WAKE),
+            run_id=claim.run_id,
+            self_wake_limit=limit,
+        )
+        in_flight = {event.event_id for claim in self.open for event in claim.events}
+        (result,) = queue.enqueue([entry], now=self.now, max_queued=MAX_QUEUED)
+        if isinstance(result, QueueFull):
+            return
+        if result.outcome == "queued":
+            self.acknowledged[claim.session].append(result.event_id)
+            assert SystemEvent.objects.get(uid=result.event_id).own
+        else:
+            self.check_coalesced(entry, result, in_flight)
+
+    def check_limits(self, claims: list[Claim]) -> None:
+        """What a guard of `ops` promises; a person's wake goes past it."""
+        leased = Session.objects.filter(agent_id="ops", lease_token__isnull=False).count()
+        if any(claim.session.agent_id == "ops" for claim in claims):
+            assert leased <= 1
+        for claim in claims:
+            if claim.session.agent_id != "ops":
+                continue
+            started = Heartbeat.objects.filter(
+                session=claim.session_id,
+                started_at__gt=self.now - timedelta(minutes=1),
+                started_at__lte=self.now,
+            ).exclude(reason=DueReason.OPERATOR)
+            if claim.reason != DueReason.OPERATOR:
+                assert started.count() <= MOST_A_MINUTE
+
     @rule(limit=st.integers(1, 4))
     def claim(self, limit: int) -> None:
         claims = queue.claim(
-            dict.fromkeys(AGENTS - self.paused, 0),
+            {agent: TERMS[agent] for agent in AGENTS - self.paused},
             limit=limit,
-            most_each=3,
             owner="test",
             now=self.now,
             lease=LEASE,
         )
         assert len(claims) <= limit
+        self.check_limits(claims)
         for claim in claims:
             assert claim.session.agent_id not in self.paused
             assert claim.session not in {other.session for other in self.open}
@@ -169,15 +218,34 @@ class QueueMachine(RuleBasedStateMachine):
             queue.settle(claim, status, now=self.now, next_scheduled=self.next_scheduled(claim))
             self.delivered[claim.session] += [event.event_id for event in claim.events]
 
-    @rule(data=st.data(), permanent=st.booleans(), wait=st.none() | st.integers(0, 7200))
-    def fail(self, data: st.DataObject, permanent: bool, wait: int | None) -> None:
+    @rule(
+        data=st.data(),
+        permanent=st.booleans(),
+        wait=st.none() | st.integers(0, 7200),
+        handed_over=st.integers(0, 3),
+        is_about_one=st.booleans(),
+    )
+    def fail(
+        self,
+        data: st.DataObject,
+        permanent: bool,
+        wait: int | None,
+        handed_over: int,
+        is_about_one: bool,
+    ) -> None:
         if claim := self.take_open(data):
+            handed_over = min(handed_over, max(0, len(claim.events) - 1))
+            self.delivered[claim.session] += [
+                event.event_id for event in claim.events[:handed_over]
+            ]
             queue.fail(
                 claim,
                 "no",
                 now=self.now,
                 max_attempts=MAX_ATTEMPTS,
                 permanent=permanent,
+                handed_over=handed_over,
+                is_about_one=is_about_one,
                 retry_after=None if wait is None else timedelta(seconds=wait),
                 next_scheduled=self.next_scheduled(claim),
             )
@@ -185,7 +253,24 @@ class QueueMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def release(self, data: st.DataObject) -> None:
         if claim := self.take_open(data):
-            queue.release(claim, now=self.now)
+            taken = data.draw(st.integers(0, len(claim.events)))
+            queue.release(claim, now=self.now, handed_over=taken)
+            self.delivered[claim.session] += [event.event_id for event in claim.events[:taken]]
+
+    @rule(data=st.data())
+    def lose(self, data: st.DataObject) -> None:
+        """Who had the run says that it is gone: nothing waits for the lease."""
+        if claim := self.take_open(data):
+            queue.lose(claim, "gone", now=self.now, max_attempts=MAX_ATTEMPTS)
+            session = Session.objects.get(pk=claim.session_id)
+            assert session.lease_token is None
+
+    @rule(lifted=st.booleans())
+    def limits_are_lifted(self, lifted: bool) -> None:
+        if lifted:
+            queue.lift_holds({"ops": (None, None)}, now=self.now)
+            held = Session.objects.filter(held_until__gt=self.now, agent_id="ops")
+            assert not held.exists()
 
     @rule(data=st.data())
     def crash(self, data: st.DataObject) -> None:
@@ -207,6 +292,7 @@ class QueueMachine(RuleBasedStateMachine):
             lambda: queue.settle(claim, HeartbeatStatus.DELIVERED, now=self.now),
             lambda: queue.fail(claim, "late", now=self.now, max_attempts=1),
             lambda: queue.release(claim, now=self.now),
+            lambda: queue.lose(claim, "late", now=self.now, max_attempts=1),
         ]
         for answer in answers:
             with pytest.raises(LeaseLost):
@@ -311,9 +397,8 @@ class QueueMachine(RuleBasedStateMachine):
             self.now += timedelta(minutes=61)
             self.reap()
             for claim in queue.claim(
-                dict.fromkeys(AGENTS, 0),
+                terms(*AGENTS),
                 limit=10,
-                most_each=10,
                 owner="end",
                 now=self.now,
                 lease=LEASE,

@@ -12,6 +12,7 @@ from django.db import connection
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
+from tests.claims import terms
 from tests.wake.gateway_server import Json, Wire
 from wake import activity, configuration, queue
 from wake.dispatch import Mode, Receipt, Turn, WakeRequest, dispatch
@@ -43,7 +44,7 @@ def send(text: str, key: str | None = CHANNEL, **more: Any) -> Receipt:
 
 def claim(agent: str = "main", *, after: timedelta = timedelta(0)) -> queue.Claim:
     now = timezone.now() + after
-    (taken,) = queue.claim({agent: 0}, limit=1, most_each=9, owner="test", now=now, lease=LEASE)
+    (taken,) = queue.claim(terms(agent), limit=1, owner="test", now=now, lease=LEASE)
     return taken
 
 

@@ -20,6 +20,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.admin_browser import page, signed_in
+from tests.claims import terms
 from wake import configuration, queue
 from wake.configuration import AgentConfiguration, GatewayConfiguration
 from wake.dispatch import (
@@ -97,9 +98,8 @@ def beat(*, later: timedelta = timedelta(0)) -> int:
 def claim(*, at: datetime | None = None) -> queue.Claim:
     """Take what is due, as another process would."""
     return queue.claim(
-        {"main": 0},
+        terms("main"),
         limit=1,
-        most_each=1,
         owner="other",
         now=at or datetime.now(UTC),
         lease=LEASE,
@@ -344,7 +344,7 @@ def test_a_full_main_session_holds_up_no_other_agents_notes() -> None:
         ask(key=f"x{number}")
     dispatch(WakeRequest("look", "cli", agent_id="ops", session_key="x", turn=Turn("Ops")))
     for claimed in queue.claim(
-        {"main": 0, "ops": 0}, limit=9, most_each=9, owner="other", now=datetime.now(UTC),
+        terms("main", "ops"), limit=9, owner="other", now=datetime.now(UTC),
         lease=LEASE,
     ):  # fmt: skip
         queue.settle(claimed, HeartbeatStatus.DELIVERED, now=now)

@@ -29,7 +29,13 @@ from wake.admin.tables import (
 )
 from wake.models import Agent, Session
 from wake.presentation import counted, exact
-from wake.session_states import SessionState, hold_reason, sentences, with_state
+from wake.session_states import (
+    SessionState,
+    hold_reason,
+    limit_reason,
+    sentences,
+    with_state,
+)
 from wake.status import with_dead
 
 
@@ -128,7 +134,9 @@ class SessionAdmin(ReadOnlyPage):
         state = SessionState(row.state)
         label = badge(state.value.replace("-", " "), SESSION_COLOURS[state], str(state.label))
         more = ""
-        if state == SessionState.BACKING_OFF:
+        if state == SessionState.HELD:
+            more = limit_reason(row, configuration.gateway())
+        elif state == SessionState.BACKING_OFF:
             more = f"until {row.due_at:%H:%M:%S}, attempt {row.attempts}"
         elif state == SessionState.WAITING:
             more = str(hold_reason(row.agent_id, configuration.gateway()))

@@ -29,6 +29,7 @@ from wake.session_states import SessionState
 SESSION_COLOURS: dict[SessionState, Colour] = {
     SessionState.RUNNING: "primary",
     SessionState.WAITING: "warning",
+    SessionState.HELD: "warning",
     SessionState.BACKING_OFF: "danger",
     SessionState.DUE: "info",
     SessionState.SCHEDULED: "info",

@@ -16,7 +16,7 @@ from django.db.models.functions import Left
 from wake import configuration
 from wake.configuration import GatewayConfiguration
 from wake.models import Heartbeat, Session, SystemEvent
-from wake.session_states import SessionState, hold_reason, with_state
+from wake.session_states import SessionState, hold_reason, limit_reason, with_state
 from wake.status import duration_ms, milliseconds, outcome, with_dead, with_preview
 
 REPLY_CHARACTERS: Final = 4000
@@ -39,7 +39,11 @@ def session_rows(pks: Collection[int], now: datetime) -> dict[int, dict[str, Any
 def _session_row(
     row: Any, last_heartbeat: dict[str, Any] | None, snapshot: GatewayConfiguration
 ) -> dict[str, Any]:
-    is_held = row.state == SessionState.WAITING
+    hold = None
+    if row.state == SessionState.WAITING:
+        hold = hold_reason(row.agent_id, snapshot)
+    elif row.state == SessionState.HELD:
+        hold = f"held back {limit_reason(row, snapshot)}"
     return {
         "key": row.key,
         "agentId": row.agent_id,
@@ -47,7 +51,7 @@ def _session_row(
         "dead": row.dead_count,
         "running": row.lease_token is not None,
         "state": row.state,
-        "holdReason": hold_reason(row.agent_id, snapshot) if is_held else None,
+        "holdReason": hold,
         "dueAt": _time(row.due_at),
         "dueReason": row.due_reason,
         "attempts": row.attempts,

@@ -16,7 +16,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime, timedelta
 from typing import Final, ParamSpec, TypeVar
@@ -28,9 +28,20 @@ from django.utils import timezone
 from wake import configuration, doorbell, queue, schedule
 from wake.configuration import AgentConfiguration, GatewayConfiguration
 from wake.errors import LeaseLost, QueueFull
-from wake.heartbeats import turns
+from wake.heartbeats import reaches, turns
 from wake.heartbeats.prompt import build_prompt, is_quiet
-from wake.heartbeats.runners import Delivered, Failed, Outcome, Runner, Turn, make_runner
+from wake.heartbeats.runners import (
+    Delivered,
+    Exchange,
+    Failed,
+    Lost,
+    Outcome,
+    Reach,
+    Returned,
+    Runner,
+    Turn,
+    make_runner,
+)
 from wake.models import HeartbeatStatus, RunnerKind
 from wake.queue import Claim
 from wake.session_keys import SessionKey
@@ -43,6 +54,7 @@ logger = logging.getLogger(__name__)
 POLL_SECONDS: Final = 0.4
 UPKEEP_SECONDS: Final = 2.0
 SCHEDULES_SECONDS: Final = 60.0
+REACH_SECONDS: Final = 30.0
 STOP_SECONDS: Final = 5.0
 CLOCK_JUMP: Final = timedelta(seconds=1)
 DATABASE_RETRY_SECONDS: Final = 1.0
@@ -54,15 +66,21 @@ T = TypeVar("T")
 class HeartbeatLoop:
     """One worker. `run` serves until `stop` is called; then it gives its work back and returns.
 
-    `clock` gives the present time; tests pass their own. `lease` is how long a run survives the
+    It serves the agents that have one of these `kinds` of runners. `clock`
+    gives the present time; tests pass their own. `lease` is how long a run survives the
     silence of its process (by default the setting HEARTBEAT_LEASE_SECONDS); it is renewed at a
     third of that.
     """
 
     def __init__(
-        self, *, clock: Callable[[], datetime] = timezone.now, lease: timedelta | None = None
+        self,
+        *,
+        clock: Callable[[], datetime] = timezone.now,
+        lease: timedelta | None = None,
+        kinds: Collection[RunnerKind] = tuple(RunnerKind),
     ) -> None:
         self.owner = f"{socket.gethostname()}:{os.getpid()}:{secrets.token_hex(4)}"
+        self._kinds = frozenset(kinds)
         self._clock = clock
         self._lease = lease or timedelta(seconds=settings.HEARTBEAT_LEASE_SECONDS)
         self._stopping = asyncio.Event()
@@ -75,6 +93,8 @@ class HeartbeatLoop:
         # The configuration whose schedules are kept, and when to look at them again.
         self._scheduled: tuple[GatewayConfiguration | None, float] = (None, 0.0)
         self._reap_from = 0.0
+        # What was last said about how agents are reached, and when to say it again.
+        self._reached: tuple[dict[str, Reach], float] = ({}, 0.0)
         self._database = ThreadPoolExecutor(max_workers=1, thread_name_prefix="heartbeats-database")
 
     def stop(self) -> None:
@@ -129,6 +149,8 @@ class HeartbeatLoop:
         """Let go of the runners and of the database thread; no run is under way."""
         for runner in self._runners.values():
             await runner.close()
+        with contextlib.suppress(DatabaseError):
+            await self._in_database(self._note_reach, {})
         await self._in_database(connections.close_all)
         self._database.shutdown()
 
@@ -142,42 +164,75 @@ class HeartbeatLoop:
         3. With places left, sleep until the next due time; with none, until a run ends. Either
            way look again soon: the configuration may have changed.
         """
+        snapshot = await self._in_database(configuration.gateway)
         running = Counter(claim.session.agent_id for claim in self._handing_over)
-        snapshot, claims, pause = await self._in_database(self._claim_step, running)
+        terms = self._terms(snapshot, running)
+        free = snapshot.max_parallel_heartbeats - running.total()
+        if not snapshot.heartbeats_enabled or not terms or free <= 0:
+            return POLL_SECONDS
+        claims, pause = await self._in_database(self._claim_step, terms, free)
         for claim in claims:
             agent = snapshot.agents[claim.session.agent_id]
-            prompt = build_prompt(claim.events, agent.heartbeat_prompt, secrets.token_hex(8))
-            self._handing_over[claim] = asyncio.create_task(self._hand_over(claim, agent, prompt))
-            run = asyncio.create_task(self._run(claim, agent, prompt))
+            turn = self._turn(claim, agent, ())
+            self._handing_over[claim] = asyncio.create_task(self._hand_over(turn))
+            run = asyncio.create_task(self._run(claim, turn))
             self._runs.add(run)
             run.add_done_callback(self._ended)
         return pause
 
-    def _claim_step(
-        self, running: Mapping[str, int]
-    ) -> tuple[GatewayConfiguration, list[Claim], float]:
-        snapshot = configuration.gateway()
-        now = self._clock()
-        agents = [agent.id for agent in snapshot.agents.values() if agent.runs]
+    def _terms(
+        self, snapshot: GatewayConfiguration, running: Mapping[str, int]
+    ) -> dict[str, queue.Terms]:
+        """Return on what terms to claim for the agents that have a place here."""
+        served = [agent for agent in snapshot.agents.values() if agent.runner in self._kinds]
+        agents = [agent for agent in served if agent.runs]
+        for kind in self._runners.keys() | {agent.runner for agent in agents}:
+            self._runner(kind).keep([agent for agent in agents if agent.runner == kind])
         places = snapshot.max_parallel_heartbeats
-        free = places - sum(running.values())
-        if not snapshot.heartbeats_enabled or not agents or free <= 0:
-            return snapshot, [], POLL_SECONDS
-        due_at = queue.next_due(agents)
+        # One that hangs in all its sessions leaves places for others, up to half of them.
+        each = max(1, places - min(len(agents) - 1, places // 2))
+        terms = {}
+        for agent in agents:
+            here = self._runner(agent.runner).places(agent)
+            most = each if here is None else min(each, here)
+            if running.get(agent.id, 0) < min(most, agent.max_parallel_runs or most):
+                terms[agent.id] = queue.Terms(
+                    running=running.get(agent.id, 0),
+                    most=most,
+                    max_parallel_runs=agent.max_parallel_runs,
+                    max_runs_per_minute=agent.max_runs_per_minute,
+                    only_with_events=agent.only_with_events,
+                    runner=agent.runner,
+                )
+        return terms
+
+    def _claim_step(self, terms: Mapping[str, queue.Terms], free: int) -> tuple[list[Claim], float]:
+        now = self._clock()
+        due_at = queue.next_due(terms)
         if due_at is None:
-            return snapshot, [], POLL_SECONDS
+            return [], POLL_SECONDS
         if due_at > now:
-            return snapshot, [], min((due_at - now).total_seconds(), POLL_SECONDS)
-        claims = queue.claim(
-            {agent_id: running.get(agent_id, 0) for agent_id in agents},
-            limit=free,
-            # One that hangs in all its sessions leaves places for others, up to half of them.
-            most_each=max(1, places - min(len(agents) - 1, places // 2)),
-            owner=self.owner,
-            now=now,
-            lease=self._lease,
+            return [], min((due_at - now).total_seconds(), POLL_SECONDS)
+        claims = queue.claim(terms, limit=free, owner=self.owner, now=now, lease=self._lease)
+        return claims, 0.0 if claims else POLL_SECONDS
+
+    def _turn(
+        self, claim: Claim, agent: AgentConfiguration, transcript: tuple[Exchange, ...]
+    ) -> Turn:
+        limit = agent.timeout.total_seconds()
+        if claim.turn and claim.turn.timeout_seconds:
+            limit = claim.turn.timeout_seconds
+        return Turn(
+            run_id=claim.run_id,
+            agent=agent,
+            session_key=claim.session.key,
+            reason=claim.reason.value,
+            attempt=claim.attempt,
+            prompt=build_prompt(claim.events, agent.heartbeat_prompt, secrets.token_hex(8)),
+            events=claim.events,
+            limit=limit,
+            transcript=transcript,
         )
-        return snapshot, claims, 0.0 if claims else POLL_SECONDS
 
     def _ended(self, run: asyncio.Task[None]) -> None:
         self._runs.discard(run)
@@ -187,7 +242,7 @@ class HeartbeatLoop:
 
     # --- Running --------------------------------------------------------------------------------
 
-    async def _run(self, claim: Claim, agent: AgentConfiguration, prompt: str) -> None:
+    async def _run(self, claim: Claim, turn: Turn) -> None:
         """See one heartbeat to its end.
 
         1. Wait until the runner has handed it over. Upkeep cancels that when the lease is lost,
@@ -197,52 +252,29 @@ class HeartbeatLoop:
         handing_over = self._handing_over[claim]
         await asyncio.wait([handing_over])
         try:
-            await self._settle(claim, self._settling_step(claim, agent, prompt, handing_over))
+            outcome = Returned() if handing_over.cancelled() else handing_over.result()
+            logger.info(
+                "heartbeats: run %s of %s: %s, %d events, attempt %d",
+                claim.run_id,
+                claim.session.key,
+                type(outcome).__name__.lower(),
+                len(claim.events),
+                claim.attempt,
+            )
+            await self._settle(claim, lambda: self._settle_step(claim, turn, outcome))
         finally:
             del self._handing_over[claim]
 
-    def _settling_step(
-        self,
-        claim: Claim,
-        agent: AgentConfiguration,
-        prompt: str,
-        handing_over: asyncio.Task[Outcome],
-    ) -> Callable[[], None]:
-        if handing_over.cancelled():
-            return lambda: queue.release(claim, now=self._clock())
-        outcome = handing_over.result()
-        logger.info(
-            "heartbeats: run %s of %s: %s, %d events, attempt %d",
-            claim.run_id,
-            claim.session.key,
-            "delivered" if isinstance(outcome, Delivered) else f"failed: {outcome.error[:200]!r}",
-            len(claim.events),
-            claim.attempt,
-        )
-        return lambda: self._settle_step(claim, agent, prompt, outcome)
-
-    async def _hand_over(self, claim: Claim, agent: AgentConfiguration, prompt: str) -> Outcome:
+    async def _hand_over(self, turn: Turn) -> Outcome:
         """Return how the runner ended. A defect or a time-out in it is a failed attempt."""
-        turn = Turn(
-            run_id=claim.run_id,
-            agent=agent,
-            session_key=claim.session.key,
-            reason=claim.reason.value,
-            attempt=claim.attempt,
-            prompt=prompt,
-            events=claim.events,
-        )
-        limit = agent.timeout.total_seconds()
-        if claim.turn and claim.turn.timeout_seconds:
-            limit = claim.turn.timeout_seconds
         try:
-            async with asyncio.timeout(limit) as timer:
-                return await self._runner(agent.runner).run(turn)
+            async with asyncio.timeout(turn.limit) as timer:
+                return await self._runner(turn.agent.runner).run(turn)
         except Exception as error:
             if isinstance(error, TimeoutError) and timer.expired():
-                return Failed(f"no answer within {limit:g} s")
-            logger.exception("heartbeats: run %s: defect in its runner", claim.run_id)
-            return Failed(f"the {agent.runner} runner failed: {type(error).__name__}: {error}")
+                return Failed(f"no answer within {turn.limit:g} s")
+            logger.exception("heartbeats: run %s: defect in its runner", turn.run_id)
+            return Failed(f"the {turn.agent.runner} runner failed: {type(error).__name__}: {error}")
 
     def _runner(self, kind: RunnerKind) -> Runner:
         if kind not in self._runners:
@@ -267,32 +299,38 @@ class HeartbeatLoop:
                 logger.warning("heartbeats: run %s is left to its lease: %s", claim.run_id, error)
             return
 
-    def _settle_step(
-        self, claim: Claim, agent: AgentConfiguration, prompt: str, outcome: Outcome
-    ) -> None:
+    def _settle_step(self, claim: Claim, turn: Turn, outcome: Outcome) -> None:
         now = self._clock()
-        scheduled = self._next_scheduled(claim, now)
-        if isinstance(outcome, Delivered):
-            quiet = is_quiet(outcome.reply)
-            queue.settle(
-                claim,
-                HeartbeatStatus.QUIET if quiet else HeartbeatStatus.DELIVERED,
-                now=now,
-                prompt=prompt,
-                reply=outcome.reply,
-                next_scheduled=scheduled,
-            )
-        else:
-            queue.fail(
-                claim,
-                outcome.error,
-                now=now,
-                max_attempts=agent.max_attempts,
-                permanent=outcome.permanent,
-                retry_after=outcome.retry_after,
-                prompt=prompt,
-                next_scheduled=scheduled,
-            )
+        limit = turn.agent.max_attempts
+        match outcome:
+            case Returned(handed_over):
+                queue.release(claim, now=now, handed_over=handed_over)
+                return
+            case Lost(error):
+                queue.lose(claim, error, now=now, max_attempts=limit)
+            case Delivered(reply):
+                status = HeartbeatStatus.QUIET if is_quiet(reply) else HeartbeatStatus.DELIVERED
+                queue.settle(
+                    claim,
+                    status,
+                    now=now,
+                    prompt=turn.prompt,
+                    reply=reply,
+                    next_scheduled=self._next_scheduled(claim, now),
+                )
+            case Failed():
+                queue.fail(
+                    claim,
+                    outcome.error,
+                    now=now,
+                    max_attempts=limit,
+                    permanent=outcome.permanent,
+                    retry_after=outcome.retry_after,
+                    handed_over=outcome.handed_over,
+                    is_about_one=outcome.is_about_one,
+                    prompt=turn.prompt,
+                    next_scheduled=self._next_scheduled(claim, now),
+                )
         if claim.turn and claim.turn.deliver:
             self._note_step(claim, now)
 
@@ -328,6 +366,7 @@ class HeartbeatLoop:
                         task.cancel()
                 await self._in_database(self._after_clock_jump, watch.jump())
                 await self._in_database(self._upkeep_step)
+                await self._in_database(self._note_reach, self._reach_now())
             except DatabaseError as error:
                 logger.warning("heartbeats: upkeep failed: %s; trying again", error)
             except Exception:
@@ -345,6 +384,24 @@ class HeartbeatLoop:
         else:
             queue.turn_back_retries(-jump, now=self._clock())
 
+    def _reach_now(self) -> dict[str, Reach]:
+        """Return how the agents are reached from here, where that is not the same for all."""
+        snapshot, _ = self._scheduled
+        reached = {
+            agent.id: self._runners[agent.runner].reach(agent)
+            for agent in (snapshot.agents.values() if snapshot else ())
+            if agent.runs and agent.runner in self._runners
+        }
+        return {agent_id: reach for agent_id, reach in reached.items() if reach is not None}
+
+    def _note_reach(self, reached: dict[str, Reach]) -> None:
+        """Tell the others, when it is news and every so often."""
+        said, again_at = self._reached
+        if reached == said and (not said or time.monotonic() < again_at):
+            return
+        reaches.note(self.owner, reached, self._clock())
+        self._reached = reached, time.monotonic() + REACH_SECONDS
+
     def _upkeep_step(self) -> None:
         """Reap lost leases, correct due times after a clock jump, keep schedules, write notes."""
         snapshot = configuration.gateway()
@@ -358,6 +415,7 @@ class HeartbeatLoop:
             logger.warning("heartbeats: brought %d due times back from the future", ahead)
         scheduled_for, again_at = self._scheduled
         if scheduled_for != snapshot or time.monotonic() >= again_at:
+            queue.lift_holds(_limits(snapshot), now=now)
             queue.keep_schedules(_schedules(snapshot, now), now=now)
             self._scheduled = snapshot, time.monotonic() + SCHEDULES_SECONDS
         # Those of turns that died with their process, and those that could not be written before.
@@ -366,6 +424,14 @@ class HeartbeatLoop:
     async def _in_database(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `step` on the loop's database thread."""
         return await call_in(self._database, step, *args, **kwargs)
+
+
+def _limits(snapshot: GatewayConfiguration) -> dict[str, tuple[int | None, int | None]]:
+    """Return each agent's limits that hold sessions back. Pure."""
+    return {
+        agent.id: (agent.max_runs_per_minute, agent.max_self_wakes)
+        for agent in snapshot.agents.values()
+    }
 
 
 def _schedules(snapshot: GatewayConfiguration, now: datetime) -> dict[SessionKey, datetime | None]:

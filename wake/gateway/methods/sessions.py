@@ -25,7 +25,9 @@ from wake.session_states import with_state
 from wake.status import milliseconds
 
 # The states of `session_states.SessionState`, and one that any of them can have beside it.
-_ListedState = Literal["running", "waiting", "backing-off", "due", "scheduled", "idle", "dead"]
+_ListedState = Literal[
+    "running", "waiting", "held", "backing-off", "due", "scheduled", "idle", "dead"
+]
 
 
 class ListParams(Frame):

@@ -15,6 +15,7 @@ from wake.dispatch import (
     dispatch,
     for_system_event,
     is_presence_line,
+    parse_run_id,
 )
 from wake.gateway import presence
 from wake.gateway.frames import Frame, NonEmpty
@@ -29,16 +30,26 @@ class WakeParams(Frame):
     text: str
     session_key: NonEmpty = ""
     agent_id: str = ""
+    run_id: str = ""
 
 
 @method("wake", scope=WRITE, params=WakeParams)
 def wake(params: WakeParams, caller: Caller) -> object:
     """The receipt: `ok`, `mode`, `eventOutcome`, `sessionKey`, `eventId`. A blank text answers
-    `{"ok":false,"error":"text required"}`; a key of blanks is no key."""
+    `{"ok":false,"error":"text required"}`; a key of blanks is no key. An agent that sends from
+    within a run names it in `runId`."""
     if not params.text.strip():
         return {"ok": False, "error": "text required"}
     return dispatch(
-        WakeRequest(params.text, SOURCE, params.mode, params.session_key, params.agent_id)
+        WakeRequest(
+            params.text,
+            SOURCE,
+            params.mode,
+            params.session_key,
+            params.agent_id,
+            by_person=bool(caller.credential.session_key),
+            run_id=parse_run_id(params.run_id),
+        )
     ).as_json()
 
 

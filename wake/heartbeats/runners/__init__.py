@@ -15,6 +15,7 @@ from typing import Final
 from uuid import UUID
 
 from wake.configuration import AgentConfiguration
+from wake.configuration import Reach as Reach
 from wake.models import RunnerKind
 from wake.queue import ClaimedEvent
 
@@ -82,23 +83,15 @@ class Lost:
 
 @dataclass(frozen=True, slots=True)
 class Returned:
-    """The turn came back undone, as if it had not been given: it does not count as an attempt."""
+    """The turn came back undone, as if it had not been given: it does not count as an attempt.
+
+    The first `handed_over` of its events were taken, and do not come back.
+    """
+
+    handed_over: int = 0
 
 
 Outcome = Delivered | Failed | Lost | Returned
-
-
-@dataclass(frozen=True, slots=True)
-class Reach:
-    """How a process reaches an agent, for those who look on from another one.
-
-    `clients` and `capacity` are those of the agent's programs that are connected here (`inbox`);
-    `problem` is why it cannot be reached now, for a person.
-    """
-
-    clients: int = 0
-    capacity: int = 0
-    problem: str = ""
 
 
 class Runner:

@@ -19,6 +19,8 @@ from wake.management.terminal import one_line, printable
 SOURCE: Final = "cli"
 MODES: Final = ("now", "next-heartbeat")
 STANDARD_INPUT: Final = "-"
+# Set for an agent's program: what it sends from within its run is the run's.
+RUN_VARIABLE: Final = "OPENCLAW_RUN_ID"
 MAX_STANDARD_INPUT_BYTES: Final = 1024 * 1024
 
 
@@ -106,11 +108,12 @@ def _text(written: str) -> str:
 
 
 def _store(text: str, session_key: str | None, agent: str | None, mode: str) -> Any:
-    from wake.dispatch import Mode, WakeRequest, dispatch
+    from wake.dispatch import Mode, WakeRequest, dispatch, parse_run_id
     from wake.errors import StorageUnavailable, WakeError
 
     try:
-        request = WakeRequest(text, SOURCE, Mode(mode), session_key, agent)
+        run_id = parse_run_id(os.environ.get(RUN_VARIABLE))
+        request = WakeRequest(text, SOURCE, Mode(mode), session_key, agent, run_id=run_id)
         return dispatch(request).as_json()
     except StorageUnavailable as error:
         raise CommandError(one_line(f"{error}: {_storage_problem(error.__cause__)}")) from error
@@ -141,6 +144,8 @@ def _send(
         params["sessionKey"] = session_key
     if agent and agent.strip():
         params["agentId"] = agent
+    if run_id := os.environ.get(RUN_VARIABLE):
+        params["runId"] = run_id
     try:
         with connect(url, token, scopes=("operator.write",)) as gateway:
             receipt = gateway.call("wake", params)

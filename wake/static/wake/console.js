@@ -84,7 +84,7 @@ function runTime(milliseconds) {
     return `${Math.floor(minutes / 60)} h ${minutes % 60} min`;
 }
 
-const WORDS = { "backing-off": "backing off", dead: "dead letter" };
+const WORDS = { "backing-off": "backing off", held: "held back", dead: "dead letter" };
 
 const badge = (state) =>
     make("span", { className: "badge", "data-state": state }, WORDS[state] ?? state);
@@ -828,7 +828,7 @@ function paintSession() {
     if (title.textContent !== shown.key) title.replaceChildren(code(shown.key));
     paintFacts(shown.row, byId("session-facts"));
     const hold = shown.row?.holdReason;
-    setText(byId("session-hold"), hold ? `Held: ${hold}. Its events wait.` : "");
+    setText(byId("session-hold"), hold ? `${hold[0].toUpperCase()}${hold.slice(1)}. Its events wait.` : "");
     byId("session-hold").hidden = !hold;
     byId("send-here").hidden = !includes("operator.write");
     leadTo("session-page", page.sessionsPage, shown.row && shown.key);
