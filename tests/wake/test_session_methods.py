@@ -258,7 +258,9 @@ def test_a_list_of_one_agent_which_may_be_disabled(wire: Wire) -> None:
     assert len(keys(wire.payload("sessions.list", {"agentId": ""}))) == 3
 
 
-STATES = '"running" or "waiting" or "backing-off" or "due" or "scheduled" or "idle" or "dead"'
+STATES = (
+    '"running" or "waiting" or "held" or "backing-off" or "due" or "scheduled" or "idle" or "dead"'
+)
 
 
 @pytest.mark.parametrize(
