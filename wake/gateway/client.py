@@ -82,16 +82,16 @@ def connect(
     """
     try:
         with open_websocket(
-            _websocket_url(url),
+            websocket_url(url),
             open_timeout=seconds,
             close_timeout=CLOSE_SECONDS,
             max_size=MAX_MESSAGE_BYTES,
             # A proxy of the environment cannot reach what is meant by this machine.
-            proxy=None if _is_this_machine(url) else True,
+            proxy=None if is_this_machine(url) else True,
         ) as connection:
             client = GatewayClient(connection, seconds)
             client.wait_for_challenge()
-            client.call("connect", _connect_params(token, scopes))
+            client.call("connect", connect_params(token, scopes))
             yield client
     except TimeoutError as error:
         raise GatewayClientError(f"no answer from {_shown(url)} within {seconds:g} s") from error
@@ -101,7 +101,8 @@ def connect(
         raise GatewayClientError(f"cannot connect to {_shown(url)}: {error}") from error
 
 
-def _connect_params(token: str, scopes: tuple[str, ...]) -> dict[str, Any]:
+def connect_params(token: str, scopes: tuple[str, ...]) -> dict[str, Any]:
+    """Return the params of a `connect` that asks for these scopes; an empty token is none."""
     return {
         "minProtocol": 3,
         "maxProtocol": 4,
@@ -116,18 +117,20 @@ def _connect_params(token: str, scopes: tuple[str, ...]) -> dict[str, Any]:
         "caps": [],
         "role": "operator",
         "scopes": list(scopes),
-        "auth": {"token": token},
+        "auth": {"token": token} if token else {},
     }
 
 
-def _websocket_url(url: str) -> str:
+def websocket_url(url: str) -> str:
+    """Return the ws or wss URL that a gateway's http or https URL stands for."""
     for written, meant in (("http://", "ws://"), ("https://", "wss://")):
         if url.startswith(written):
             return meant + url.removeprefix(written)
     return url
 
 
-def _is_this_machine(url: str) -> bool:
+def is_this_machine(url: str) -> bool:
+    """Whether a URL's host is a loopback address or `localhost`. Raises ValueError."""
     host = urlsplit(url).hostname or ""
     try:
         return ipaddress.ip_address(host).is_loopback

@@ -55,9 +55,14 @@ def _event_part(event: ClaimedEvent, token: str) -> str:
     head = f"[{at}] System event {event.event_id} from {_one_line(event.source)}"
     if not event.external:
         return f"{head}:\n{event.text}"
+    return f"{head}. {frame_external(event.text, token)}"
+
+
+def frame_external(text: str, token: str) -> str:
+    """Return external text between markers that carry the token, below the sentence about it."""
     return (
-        f"{head}. {_EXTERNAL_NOTICE}\n"
-        f"<<<EXTERNAL DATA {token}>>>\n{defuse(event.text, token)}\n<<<END EXTERNAL DATA {token}>>>"
+        f"{_EXTERNAL_NOTICE}\n"
+        f"<<<EXTERNAL DATA {token}>>>\n{defuse(text, token)}\n<<<END EXTERNAL DATA {token}>>>"
     )
 
 
