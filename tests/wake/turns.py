@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
@@ -30,6 +31,18 @@ def command_turn(*command: str, prompt: str = "the prompt") -> Turn:
 def http_turn(url: str, signing_secret: str, *, prompt: str = "the prompt") -> Turn:
     """Return a turn for an agent that is reached at this URL."""
     return _turn(prompt, runner=RunnerKind.HTTP, url=url, signing_secret=signing_secret)
+
+
+def openclaw_turn(
+    url: str,
+    events: tuple[ClaimedEvent, ...],
+    *,
+    key_variable: str = "",
+    session_key: str = "agent:main:discord:channel:123",
+) -> Turn:
+    """Return a turn with these events for an agent behind another gateway."""
+    turn = _turn("the prompt", runner=RunnerKind.OPENCLAW, url=url, key_variable=key_variable)
+    return replace(turn, events=events, session_key=session_key)
 
 
 def _turn(prompt: str, **agent: Any) -> Turn:
