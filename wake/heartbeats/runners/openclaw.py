@@ -359,7 +359,8 @@ class _Upstream:
         except TimeoutError:
             if seconds == self._pace.request:
                 self._end("left a request without an answer", after=0)
-            raise _NoAnswer(f"{self._named} did not answer within {round(seconds, 1):g} s") from None
+            waited = f"{round(seconds, 1):g} s"
+            raise _NoAnswer(f"{self._named} did not answer within {waited}") from None
         except ConnectionClosed as closed:
             raise _lost(self._named, closed) from None
         finally:
