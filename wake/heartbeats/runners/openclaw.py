@@ -362,6 +362,9 @@ class _Upstream:
             waited = f"{round(seconds, 1):g} s"
             raise _NoAnswer(f"{self._named} did not answer within {waited}") from None
         except ConnectionClosed as closed:
+            # Who reads may learn of it later; nothing is to be claimed for it meanwhile.
+            if self._connection is connection:
+                self._connection = None
             raise _lost(self._named, closed) from None
         finally:
             answered.cancel()
@@ -502,7 +505,7 @@ class _Upstream:
 
     def _end(self, why: str, *, after: float) -> None:
         """Send no more requests, and close the connection after so many seconds."""
-        if self._timer and not self._ending:
+        if self._timer and not self._timer.expired() and not self._ending:
             self._connection, self._ending = None, why
             self._note(_Away(f"{self._named} is away: it {why}"))
             self._timer.reschedule(asyncio.get_running_loop().time() + after)
