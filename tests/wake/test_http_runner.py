@@ -20,12 +20,8 @@ from standardwebhooks import Webhook, WebhookVerificationError
 
 from tests.wake.turns import EVENT, RUN_ID, http_turn
 from wake.heartbeats.runners import MAX_REPLY_BYTES, Delivered, Failed, Outcome
-from wake.heartbeats.runners.http import (
-    MAX_BODY_BYTES,
-    HttpRunner,
-    parse_retry_after,
-    reply_in,
-)
+from wake.heartbeats.runners.http import MAX_BODY_BYTES, HttpRunner, reply_in
+from wake.heartbeats.runners.http_client import parse_retry_after
 from wake.signing import new_signing_secret, signing_key
 
 NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)

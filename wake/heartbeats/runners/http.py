@@ -5,17 +5,12 @@
 * 4xx other than 408, 425 and 429 says that the request is wrong and will stay so: permanent.
 * All else is tried again, not before the answer's Retry-After. That includes 3xx: redirects are
   not followed, as they would carry the prompt to where nobody sent it, and are often temporary.
-
-Proxies and certificates come from the environment (HTTPS_PROXY, NO_PROXY, SSL_CERT_FILE), as for
-any HTTP client; an agent on this machine is never reached through a proxy.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from collections.abc import Callable
+from datetime import UTC
 from typing import Any, Final
 
 import httpx
@@ -23,17 +18,20 @@ import msgspec
 from django.utils import timezone
 
 from wake.heartbeats.runners import MAX_REPLY_BYTES, Delivered, Failed, Outcome, Runner, Turn, cut
+from wake.heartbeats.runners.http_client import (
+    new_client,
+    one_line,
+    parse_retry_after,
+    read_bounded,
+)
 from wake.redaction import without_credentials
 from wake.signing import signature_headers
 
-CONNECT_TIMEOUT_SECONDS: Final = 10.0
 # JSON writes some characters in six bytes; a body that is longer than this is read no further,
 # and holds no reply.
 MAX_BODY_BYTES: Final = 6 * MAX_REPLY_BYTES + 64 * 1024
 MAX_SHOWN_BODY_BYTES: Final = 1000
 RETRYABLE_CLIENT_ERRORS: Final = frozenset({408, 425, 429})
-
-_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 
 class HttpRunner(Runner):
@@ -62,12 +60,12 @@ class HttpRunner(Runner):
                 "POST", turn.agent.url, content=body, headers=headers
             ) as response:
                 limit = MAX_BODY_BYTES if response.is_success else MAX_SHOWN_BODY_BYTES
-                answer, is_whole = await _read(response.aiter_raw(), limit)
+                answer, is_whole = await read_bounded(response.aiter_raw(), limit)
                 return _outcome(response, shown_url, answer, is_whole)
         except httpx.InvalidURL:  # its message quotes the URL
             return Failed(f"could not reach {shown_url}: the URL is not valid")
         except httpx.HTTPError as error:
-            reason = _one_line(str(error)) or "no answer"
+            reason = one_line(str(error)) or "no answer"
             return Failed(f"could not reach {shown_url}: {type(error).__name__}: {reason}")
 
     async def close(self) -> None:
@@ -78,22 +76,7 @@ class HttpRunner(Runner):
 
     def _client(self) -> httpx.AsyncClient:
         if self._held_client is None:
-            self._held_client = httpx.AsyncClient(
-                # The agent's time limit is the loop's to keep.
-                timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_SECONDS),
-                # The loop bounds the runs.
-                limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
-                follow_redirects=False,
-                mounts={f"all://{host}": None for host in _LOOPBACK},
-                # Turns share nothing, so no cookie is kept.
-                cookies=CookieJar(DefaultCookiePolicy(allowed_domains=[])),
-                headers={
-                    "user-agent": "openclaw-wake-gateway",
-                    "accept": "application/json",
-                    # What is read is bounded, and so must be what it stands for.
-                    "accept-encoding": "identity",
-                },
-            )
+            self._held_client = new_client()
         return self._held_client
 
 
@@ -121,23 +104,13 @@ def request_body(turn: Turn) -> bytes:
     )
 
 
-async def _read(chunks: AsyncIterator[bytes], limit: int) -> tuple[bytes, bool]:
-    """Return at most `limit` bytes, and whether that is all there was."""
-    read = bytearray()
-    async for chunk in chunks:
-        read += chunk
-        if len(read) > limit:
-            return bytes(read[:limit]), False
-    return bytes(read), True
-
-
 def _outcome(response: httpx.Response, shown_url: str, answer: bytes, is_whole: bool) -> Outcome:
     if response.is_success:
         return Delivered(reply_in(answer) if is_whole else "")
     status = response.status_code
     said = "redirects are not followed"
     if not response.has_redirect_location:
-        said = _one_line(answer.decode("utf-8", "replace"))
+        said = one_line(answer.decode("utf-8", "replace"))
     return Failed(
         f"{shown_url} answered {status}" + (f": {said}" if said else ""),
         permanent=response.is_client_error and status not in RETRYABLE_CLIENT_ERRORS,
@@ -156,25 +129,3 @@ def reply_in(body: bytes) -> str:
     except (msgspec.MsgspecError, RecursionError, UnicodeDecodeError):
         return ""
     return cut(reply) if isinstance(reply, str) else ""
-
-
-def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:
-    """Return how long a Retry-After header asks to wait: seconds, or until an HTTP date.
-
-    None when it is missing, past, or not understood.
-    """
-    written = (value or "").strip()
-    try:
-        if written.isascii() and written.isdigit():
-            wait = timedelta(seconds=int(written))
-        else:
-            until = parsedate_to_datetime(written)
-            wait = (until if until.tzinfo else until.replace(tzinfo=UTC)) - now
-    except (ValueError, TypeError, IndexError, OverflowError):
-        return None
-    return wait if wait > timedelta(0) else None
-
-
-def _one_line(text: str) -> str:
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())
