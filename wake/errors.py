@@ -41,3 +41,7 @@ class StorageUnavailable(WakeError):
 
 class LeaseLost(WakeError):
     """A heartbeat's answer came after its lease had gone to another run; nothing was stored."""
+
+
+class KeyUnavailable(WakeError):
+    """An agent's key is not where the agent says it is; the message names the place alone."""

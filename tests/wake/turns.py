@@ -8,7 +8,7 @@ from typing import Any
 from uuid import UUID
 
 from wake.configuration import AgentConfiguration
-from wake.heartbeats.runners import Turn
+from wake.heartbeats.runners import Exchange, Turn
 from wake.models import RunnerKind
 from wake.queue import ClaimedEvent
 
@@ -43,6 +43,20 @@ def openclaw_turn(
     """Return a turn with these events for an agent behind another gateway."""
     turn = _turn("the prompt", runner=RunnerKind.OPENCLAW, url=url, key_variable=key_variable)
     return replace(turn, events=events, session_key=session_key)
+
+
+def chat_turn(
+    url: str,
+    *,
+    prompt: str = "the prompt",
+    transcript: tuple[Exchange, ...] = (),
+    key_variable: str = "",
+) -> Turn:
+    """Return a turn for an agent whose model is served at this base URL."""
+    turn = _turn(
+        prompt, runner=RunnerKind.CHAT, url=url, model="llama3.2", key_variable=key_variable
+    )
+    return replace(turn, transcript=transcript)
 
 
 def _turn(prompt: str, **agent: Any) -> Turn:
