@@ -204,13 +204,15 @@ def request_body(turn: Turn, transcript: Sequence[Exchange]) -> bytes:
 
 
 def _failed(error: ChatError, url: str, key: str) -> Failed:
-    said = one_line(error.said.replace(key, "[key]") if key else error.said)
+    # In this order: what was read may end within the key, but far behind what is shown.
+    said = error.said.replace(key, "[key]") if key else error.said
+    said = one_line(said[:MAX_SHOWN_CHARACTERS])
     shown_url = without_credentials(url)
     answered = f"{shown_url} answered {error.status}"
     if error.status is None:
         answered = f"no reply from {shown_url}"
     return Failed(
-        f"{answered}: {said[:MAX_SHOWN_CHARACTERS]}" if said else answered,
+        f"{answered}: {said}" if said else answered,
         permanent=error.is_permanent,
         retry_after=error.retry_after,
     )

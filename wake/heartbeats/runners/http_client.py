@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import cache
 from http.cookiejar import CookieJar, DefaultCookiePolicy
+from ssl import SSLContext
 from typing import Final
 
 import httpx
@@ -26,6 +28,7 @@ def new_client() -> httpx.AsyncClient:
     there are. Redirects are not followed: they would carry what is sent to where nobody sent it.
     """
     return httpx.AsyncClient(
+        verify=_certificates(),
         timeout=httpx.Timeout(None, connect=CONNECT_TIMEOUT_SECONDS),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=20),
         follow_redirects=False,
@@ -38,6 +41,12 @@ def new_client() -> httpx.AsyncClient:
             "accept-encoding": "identity",
         },
     )
+
+
+@cache
+def _certificates() -> SSLContext:
+    """Return what servers are checked against; reading it takes a good part of a second."""
+    return httpx.create_ssl_context()
 
 
 async def read_bounded(chunks: AsyncIterator[bytes], limit: int) -> tuple[bytes, bool]:
