@@ -416,6 +416,13 @@ def test_no_error_raises(body: bytes, status: int) -> None:
     assert refusal_in(body, status).status == status
 
 
+async def test_a_model_without_room_for_a_word_has_not_taken_the_turn(server: ChatServer) -> None:
+    outcome = await answered(server, says(whole(None, "length")))
+    assert outcome == Failed(
+        f"no reply from {server.url}/chat/completions: the model had no room left to say anything"
+    )
+
+
 @given(
     st.recursive(
         st.none() | st.booleans() | st.floats() | st.text(max_size=3),
@@ -446,7 +453,7 @@ def test_no_answer_raises_anything_else(answer: Any) -> None:
     reply = ReplyParts()
     with suppress(ChatError):
         reply.add(json.dumps(answer))
-    reply.text().encode()
+        reply.text().encode()
 
 
 async def test_a_long_error_is_cut(server: ChatServer) -> None:
@@ -515,6 +522,9 @@ async def test_a_server_that_is_away_is_named_without_its_credentials() -> None:
         says({"error": {"message": "prompt is too long: 9 tokens > 8 maximum"}}, 400),
         says(b"", 413),
         streams([event(TOO_LONG), DONE]),
+        # Ollama cuts the request and has no room for the reply.
+        streams([chunk("", "length", reasoning="hm"), DONE]),
+        says(whole("", "length")),
     ],
 )
 async def test_a_request_that_is_too_long_goes_without_the_older_half(

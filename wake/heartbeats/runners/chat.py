@@ -6,8 +6,8 @@ The reply is asked for as a stream and taken as one JSON object too: some server
 * What the model says is the reply; what it thinks (`reasoning`, `reasoning_content`) and the tools
   that it would call are not. A reply longer than MAX_REPLY_BYTES is cut and read no further.
 * A stream that ends before the server has said that the reply is whole is a failed attempt.
-* A request that is too long for the model is sent again without the older half of its earlier
-  turns, within the same turn, until none are left.
+* A request that is too long for the model, or leaves it no room to say anything, is sent again
+  without the older half of its earlier turns, within the same turn, until none are left.
 * 4xx says that the request is wrong and will stay so, as for the http runner, except where somebody
   can mend it while the events wait: the key (401, 403), the account (402). All else is tried again,
   not before the answer's Retry-After. An error in the middle of a stream counts as an answer with
@@ -63,7 +63,7 @@ _PATH = "/chat/completions"
 _WAITING_HELPS = frozenset({401, 402, 403, 408, 409, 425, 429})
 # Servers have no common word for it, nor a common status. Taken for it by mistake, a request is
 # sent a few times more.
-_TOO_LONG_STATUSES = frozenset({400, 413, 422, 500})
+_TOO_LONG_STATUSES = frozenset({400, 422, 500})
 _TOO_LONG = re.compile(
     r"context[ _-]?(length|size|window|exceeded)|too (long|large)|(longer|larger) than"
     r"|reduce the length|maximum number of tokens",
@@ -140,6 +140,7 @@ class ChatError(Exception):
     """Why there is no reply: in the server's words where it has answered with an error.
 
     `status` is that of its answer, or what the error in a stream says; None: there was none.
+    `is_too_long`: a shorter request may fare better.
     """
 
     def __init__(
@@ -147,16 +148,14 @@ class ChatError(Exception):
         said: str,
         status: int | None = None,
         *,
-        code: str = "",
+        is_too_long: bool = False,
         retry_after: timedelta | None = None,
     ) -> None:
         super().__init__(said)
         self.said = said
         self.status = status
+        self.is_too_long = is_too_long
         self.retry_after = retry_after
-        self.is_too_long = status in _TOO_LONG_STATUSES and (
-            status == 413 or bool(_TOO_LONG.search(f"{code} {said}"))
-        )
 
     @property
     def is_permanent(self) -> bool:
@@ -252,9 +251,15 @@ class ReplyParts:
         self.is_over = False
         self._parts: list[str] = []
         self._size = 0
+        self._ran_out = False
 
     def text(self) -> str:
-        """Return what there is of the reply, at most MAX_REPLY_BYTES in UTF-8."""
+        """Return what there is of the reply, at most MAX_REPLY_BYTES in UTF-8.
+
+        Raises ChatError where the model's room was used up before it had said anything.
+        """
+        if self._ran_out and not self._parts:
+            raise ChatError("the model had no room left to say anything", is_too_long=True)
         # Some servers cut a character in two halves, each of them escaped in its own event.
         text = "".join(self._parts).encode("utf-16", "surrogatepass").decode("utf-16", "replace")
         return cut(text)
@@ -284,6 +289,7 @@ class ReplyParts:
             self.is_over = self._size > MAX_REPLY_BYTES
         if choice.finish_reason in _BROKEN_OFF:
             raise ChatError(f'the reply broke off: "{choice.finish_reason}"')
+        self._ran_out = self._ran_out or choice.finish_reason == "length"
         # Ollama used to send "" for null. It may come more than once, so it ends nothing yet.
         self.is_whole = self.is_whole or bool(choice.finish_reason)
 
@@ -350,7 +356,7 @@ def refusal_in(body: bytes, status: int, retry_after: timedelta | None = None) -
     try:
         answer = json.loads(text)
     except (ValueError, RecursionError):
-        return ChatError(text, status, retry_after=retry_after)
+        answer = text
     # Some servers leave the object around it out, and vLLM once did.
     said = answer.get("error") or answer if isinstance(answer, dict) else text
     return _error_in(said, status, retry_after)
@@ -367,7 +373,10 @@ def _error_in(said: Any, status: int | None, retry_after: timedelta | None = Non
         status = code if isinstance(code, int) and 400 <= code <= 599 else 500
     if not isinstance(message, str):
         message = said if isinstance(said, str) else json.dumps(said)
-    return ChatError(message, status, code=f"{code} {kind}", retry_after=retry_after)
+    is_too_long = status == 413 or (
+        status in _TOO_LONG_STATUSES and bool(_TOO_LONG.search(f"{code} {kind} {message}"))
+    )
+    return ChatError(message, status, is_too_long=is_too_long, retry_after=retry_after)
 
 
 def _media_type(response: httpx.Response) -> str:
