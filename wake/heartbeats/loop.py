@@ -18,6 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from datetime import datetime, timedelta
 from typing import Final, ParamSpec, TypeVar
 
@@ -28,11 +29,10 @@ from django.utils import timezone
 from wake import configuration, doorbell, queue, schedule
 from wake.configuration import AgentConfiguration, GatewayConfiguration
 from wake.errors import LeaseLost, QueueFull
-from wake.heartbeats import reaches, turns
+from wake.heartbeats import reaches, transcripts, turns
 from wake.heartbeats.prompt import build_prompt, is_quiet
 from wake.heartbeats.runners import (
     Delivered,
-    Exchange,
     Failed,
     Lost,
     Outcome,
@@ -173,8 +173,8 @@ class HeartbeatLoop:
         claims, pause = await self._in_database(self._claim_step, terms, free)
         for claim in claims:
             agent = snapshot.agents[claim.session.agent_id]
-            turn = self._turn(claim, agent, ())
-            self._handing_over[claim] = asyncio.create_task(self._hand_over(turn))
+            turn = self._turn(claim, agent)
+            self._handing_over[claim] = asyncio.create_task(self._hand_over(claim, turn))
             run = asyncio.create_task(self._run(claim, turn))
             self._runs.add(run)
             run.add_done_callback(self._ended)
@@ -216,9 +216,7 @@ class HeartbeatLoop:
         claims = queue.claim(terms, limit=free, owner=self.owner, now=now, lease=self._lease)
         return claims, 0.0 if claims else POLL_SECONDS
 
-    def _turn(
-        self, claim: Claim, agent: AgentConfiguration, transcript: tuple[Exchange, ...]
-    ) -> Turn:
+    def _turn(self, claim: Claim, agent: AgentConfiguration) -> Turn:
         limit = agent.timeout.total_seconds()
         if claim.turn and claim.turn.timeout_seconds:
             limit = claim.turn.timeout_seconds
@@ -231,7 +229,6 @@ class HeartbeatLoop:
             prompt=build_prompt(claim.events, agent.heartbeat_prompt, secrets.token_hex(8)),
             events=claim.events,
             limit=limit,
-            transcript=transcript,
         )
 
     def _ended(self, run: asyncio.Task[None]) -> None:
@@ -265,8 +262,17 @@ class HeartbeatLoop:
         finally:
             del self._handing_over[claim]
 
-    async def _hand_over(self, turn: Turn) -> Outcome:
+    async def _hand_over(self, claim: Claim, turn: Turn) -> Outcome:
         """Return how the runner ended. A defect or a time-out in it is a failed attempt."""
+        if turn.agent.runner == RunnerKind.CHAT:
+            try:
+                transcript = await self._in_database(
+                    transcripts.read, claim.session_id, turn.agent.transcript_bytes
+                )
+            except DatabaseError as error:
+                logger.warning("heartbeats: run %s cannot begin: %s", claim.run_id, error)
+                return Returned()
+            turn = replace(turn, transcript=transcript)
         try:
             async with asyncio.timeout(turn.limit) as timer:
                 return await self._runner(turn.agent.runner).run(turn)
