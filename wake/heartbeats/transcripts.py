@@ -20,8 +20,8 @@ MAX_EXCHANGES: Final = 200
 # back they are looked for is bounded, so that reading takes no longer the older a session gets.
 MAX_HEARTBEATS: Final = 1000
 
-# Lengths are read before texts, and a few at a time, so that little is read where little fits.
-_LENGTHS_AT_ONCE = 25
+# Lengths are read before texts, and few at first, so that little is read where little fits.
+_FIRST_LENGTHS = 25
 
 
 class _OctetLength(Func):
@@ -73,8 +73,10 @@ def _sizes(session_id: int) -> Iterator[tuple[int, int]]:
     )
     if oldest := heartbeats.values_list("pk", flat=True)[MAX_HEARTBEATS - 1 :].first():
         exchanges = exchanges.filter(pk__gte=oldest)
-    while rows := list(exchanges[:_LENGTHS_AT_ONCE]):
+    at_once = _FIRST_LENGTHS
+    while rows := list(exchanges[:at_once]):
         yield from rows
-        if len(rows) < _LENGTHS_AT_ONCE:
+        if len(rows) < at_once:
             return
         exchanges = exchanges.filter(pk__lt=rows[-1][0])
+        at_once *= 2
