@@ -1,6 +1,6 @@
 """Many connections to one gateway process: what each costs, and whether all are told everything.
 
-    python -m bench.connections [--connections 1000] [--no-deflate]
+    python -m bench connections [--connections 1000] [--no-deflate]
 
 1. Connects clients of the gateway protocol side by side; each follows one session.
 2. Sends one event to that session and waits until every client was told of it.
@@ -17,32 +17,30 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
-import re
 import resource
-import statistics
-import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from itertools import count
 from pathlib import Path
 from typing import Any, Self
 
-os.environ.setdefault("DJANGO_SETTINGS_MODULE", "openclaw_site.settings")
-
 from websockets.asyncio.client import ClientConnection, connect
 from websockets.exceptions import ConnectionClosed
 
+from bench import gateways, machine
+from bench.report import Report
 from tests.live import LiveGateway
 
+HELP = "many connections: memory and time of each, and whether all are told everything"
 CONNECTING_AT_ONCE = 50
 FAT_TEXT_BYTES = 60_000
 SECONDS = 60
+SLOW_CLOSE_CODE = 1008
 
 
 @dataclass
-class Report:
+class Found:
     """What was measured; times in milliseconds, memory in KiB of resident pages."""
 
     connections: int
@@ -112,12 +110,12 @@ class Client:
         return time.perf_counter()
 
 
-async def measure(gateway: LiveGateway, connections: int, *, deflate: bool) -> Report:
+async def measure(gateway: LiveGateway, connections: int, *, deflate: bool) -> Found:
     """Play the whole scenario and return what was measured."""
-    report = Report(connections)
+    found = Found(connections)
     speaker = await Client.open(gateway, deflate=deflate)
     await speaker.call("health", {})
-    before = _resident_kib(gateway)
+    before = machine.resident_mib(gateways.pid_of(gateway))
     began = time.perf_counter()
     limit = asyncio.Semaphore(CONNECTING_AT_ONCE)
 
@@ -128,12 +126,13 @@ async def measure(gateway: LiveGateway, connections: int, *, deflate: bool) -> R
             return client
 
     clients = await asyncio.gather(*(open_one() for _ in range(connections)))
-    report.connecting_seconds = time.perf_counter() - began
-    report.handshake_ms = [client.handshake_ms for client in clients]
-    report.kib_each = (_resident_kib(gateway) - before) / connections
+    found.connecting_seconds = time.perf_counter() - began
+    found.handshake_ms = [client.handshake_ms for client in clients]
+    grown = machine.resident_mib(gateways.pid_of(gateway)) - before
+    found.kib_each = grown * 1024 / connections
 
     sent_at, told = await _broadcast(speaker, clients, "to everyone")
-    report.told_ms = [(at - sent_at) * 1000 for at in told]
+    found.told_ms = [(at - sent_at) * 1000 for at in told]
 
     slow = await Client.open(gateway, deflate=False)
     await slow.call("sessions.messages.subscribe", {"key": "bench:slow"})
@@ -143,12 +142,12 @@ async def measure(gateway: LiveGateway, connections: int, *, deflate: bool) -> R
         text = f"{number} {'x' * FAT_TEXT_BYTES}"
         await speaker.call("wake", {"mode": "now", "text": text, "sessionKey": "bench:slow"})
     _, told = await _broadcast(speaker, clients, "beside one that does not read")
-    report.told_beside_slow_one = len(told)
-    report.slow_close_code = await _close_code(slow)
-    report.dropped = sum(client.connection.close_code is not None for client in clients)
+    found.told_beside_slow_one = len(told)
+    found.slow_close_code = await _close_code(slow)
+    found.dropped = sum(client.connection.close_code is not None for client in clients)
     for client in (*clients, speaker):
         await client.connection.close()
-    return report
+    return found
 
 
 async def _broadcast(
@@ -176,49 +175,37 @@ async def _close_code(client: Client) -> int | None:
         return closed.rcvd.code if closed.rcvd else None
 
 
-def _resident_kib(gateway: LiveGateway) -> int:
-    assert gateway.process
-    status = Path(f"/proc/{gateway.process.pid}/status").read_text()
-    resident = re.search(r"^VmRSS:\s+(\d+) kB", status, re.MULTILINE)
-    assert resident
-    return int(resident[1])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--connections", type=int, default=1000)
+    parser.add_argument("--no-deflate", action="store_true", help="clients that do not compress")
 
 
-def run(directory: Path, connections: int, *, deflate: bool = True) -> Report:
+def run(options: argparse.Namespace, directory: Path) -> Report:
+    found = play(directory, options.connections, deflate=not options.no_deflate)
+    report = Report("connections", machine.describe(directory))
+    report.add("connections", found.connections)
+    report.add("connected in", found.connecting_seconds, "s")
+    report.add("memory of the gateway, each", found.kib_each, "KiB")
+    report.add_latencies("handshake", [ms / 1000 for ms in found.handshake_ms])
+    report.add_latencies("told of one event", [ms / 1000 for ms in found.told_ms])
+    for name, told in (
+        ("told of one event", len(found.told_ms)),
+        ("told beside one that reads not", found.told_beside_slow_one),
+    ):
+        report.add(name, told)
+        if told < found.connections:
+            report.failures.append(f"{name}: {told} of {found.connections}")
+    if found.dropped:
+        report.failures.append(f"{found.dropped} connections were dropped")
+    if found.slow_close_code != SLOW_CLOSE_CODE:
+        report.failures.append(f"the one that reads not was closed with {found.slow_close_code}")
+    return report
+
+
+def play(directory: Path, connections: int, *, deflate: bool = True) -> Found:
     """Start a gateway in `directory` and measure it."""
     # Both ends of every connection are on this machine, the clients' in this process.
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(max(soft, 2 * connections + 200), hard), hard))
     with LiveGateway(directory) as gateway:
         return asyncio.run(measure(gateway, connections, deflate=deflate))
-
-
-def lines(report: Report) -> Iterator[str]:
-    """Return the report as a table."""
-    told = sorted(report.told_ms)
-    each = report.connecting_seconds * 1000 / report.connections
-    yield f"connections                     {report.connections}"
-    yield f"connected in                    {report.connecting_seconds:.1f} s ({each:.1f} ms each)"
-    yield f"handshake, median               {statistics.median(report.handshake_ms):.0f} ms"
-    yield f"memory of the gateway, each     {report.kib_each:.0f} KiB"
-    yield f"told of one event               {len(told)} of {report.connections}"
-    median = told[len(told) // 2]
-    yield f"  the first, median, last       {told[0]:.0f}, {median:.0f}, {told[-1]:.0f} ms"
-    yield f"told beside one that reads not  {report.told_beside_slow_one} of {report.connections}"
-    yield f"dropped of these                {report.dropped}"
-    yield f"the one that reads not          closed with {report.slow_close_code}"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--connections", type=int, default=1000)
-    parser.add_argument("--no-deflate", action="store_true", help="clients that do not compress")
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        report = run(Path(directory), options.connections, deflate=not options.no_deflate)
-    for line in lines(report):
-        print(line)
-
-
-if __name__ == "__main__":
-    main()

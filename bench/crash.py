@@ -1,6 +1,6 @@
 """Kill the gateway again and again while it takes and delivers events; then count.
 
-    python -m bench.crash [--events 500] [--sessions 50] [--kills 5]
+    python -m bench crash [--events 500] [--sessions 50] [--kills 5]
 
 Senders post to /hooks/wake and try again until they are answered. The gateway is ended with
 SIGKILL at random moments and started anew. At the end:
@@ -15,10 +15,8 @@ Runs on SQLite, or on the PostgreSQL server that DATABASE_URL names (in a databa
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import re
-import tempfile
 import threading
 import time
 from collections import Counter, defaultdict
@@ -28,9 +26,11 @@ from pathlib import Path
 
 import httpx
 
-os.environ.setdefault("DJANGO_SETTINGS_MODULE", "openclaw_site.settings")
-
+from bench import machine
+from bench.report import Report
 from tests.live import LiveGateway
+
+HELP = "kill the gateway again and again, and count what was lost"
 
 # One file for each run, under its name only when it is whole; `sleep` makes runs long enough for
 # a kill to hit them.
@@ -47,7 +47,7 @@ INTERRUPTED_RUNS = (
 
 
 @dataclass
-class Report:
+class Count:
     """What was counted. `acknowledged` and `delivered` are event ids by session, in order."""
 
     acknowledged: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -89,9 +89,9 @@ class Report:
         return [event for event, count in completed.items() if count > 1]
 
 
-def run(directory: Path, *, events: int, sessions: int, kills: int, lease: float = 2) -> Report:
+def play(directory: Path, *, events: int, sessions: int, kills: int, lease: float = 2) -> Count:
     """Play the whole scenario in `directory` and return what was counted."""
-    report = Report()
+    count = Count()
     inbox = directory / "inbox"
     inbox.mkdir()
     began = time.monotonic()
@@ -101,26 +101,26 @@ def run(directory: Path, *, events: int, sessions: int, kills: int, lease: float
             "agents", "set", "main", "--every", "off", "--", "/bin/sh", "-c", AGENT, str(inbox)
         )
         senders = [
-            threading.Thread(target=_send, args=(gateway, report, events // sessions, group))
+            threading.Thread(target=_send, args=(gateway, count, events // sessions, group))
             for group in _groups(sessions, 8)
         ]
         for sender in senders:
             sender.start()
         for number in range(1, kills + 1):
             # Each kill waits for its share of the events, so that all of them hit the traffic.
-            _wait(lambda number=number: _acknowledged(report) >= events * number / (kills + 1))  # type: ignore[misc]
+            _wait(lambda number=number: _acknowledged(count) >= events * number / (kills + 1))  # type: ignore[misc]
             time.sleep(random.uniform(0, 0.2))
             gateway.kill()
-            report.kills += 1
+            count.kills += 1
             gateway.start(port=gateway.port)
         for sender in senders:
             sender.join()
-        _wait(lambda: not _missing(report, inbox), 60)
+        _wait(lambda: not _missing(count, inbox), 60)
         interrupted = gateway.manage("shell", "-v0", "-c", INTERRUPTED_RUNS).stdout
-        report.interrupted = set(interrupted.split())
-    _read_inbox(report, inbox)
-    report.seconds = time.monotonic() - began
-    return report
+        count.interrupted = set(interrupted.split())
+    _read_inbox(count, inbox)
+    count.seconds = time.monotonic() - began
+    return count
 
 
 def _groups(sessions: int, count: int) -> list[list[str]]:
@@ -128,7 +128,7 @@ def _groups(sessions: int, count: int) -> list[list[str]]:
     return [keys[start::count] for start in range(count)]
 
 
-def _send(gateway: LiveGateway, report: Report, events: int, keys: list[str]) -> None:
+def _send(gateway: LiveGateway, count: Count, events: int, keys: list[str]) -> None:
     headers = {"Authorization": f"Bearer {gateway.hook_token}"}
     with httpx.Client(headers=headers, timeout=10) as client:
         for number in range(events):
@@ -139,39 +139,39 @@ def _send(gateway: LiveGateway, report: Report, events: int, keys: list[str]) ->
                         answer = client.post(f"{gateway.url}/hooks/wake", json=body)
                         answer.raise_for_status()
                     except httpx.HTTPError:
-                        report.retries += 1
+                        count.retries += 1
                         time.sleep(0.05)
                         continue
                     receipt = answer.json()
-                    order = report.acknowledged[receipt["sessionKey"]]
+                    order = count.acknowledged[receipt["sessionKey"]]
                     # A repeat of an event whose answer was lost may stand for one that waits.
                     if receipt["eventId"] not in order:
                         order.append(receipt["eventId"])
                     break
 
 
-def _acknowledged(report: Report) -> int:
-    return sum(len(order) for order in list(report.acknowledged.values()))
+def _acknowledged(count: Count) -> int:
+    return sum(len(order) for order in list(count.acknowledged.values()))
 
 
-def _missing(report: Report, inbox: Path) -> set[str]:
-    _read_inbox(report, inbox)
-    return set(report.lost())
+def _missing(count: Count, inbox: Path) -> set[str]:
+    _read_inbox(count, inbox)
+    return set(count.lost())
 
 
-def _read_inbox(report: Report, inbox: Path) -> None:
+def _read_inbox(count: Count, inbox: Path) -> None:
     """Read what the agent was given, in the order of the runs: their ids begin with their time."""
-    report.delivered.clear()
-    report.runs.clear()
+    count.delivered.clear()
+    count.runs.clear()
     for path in sorted(inbox.iterdir()):
         run_id = path.name.removesuffix(".part")
         try:
             prompt = path.read_text()
         except FileNotFoundError:  # renamed since it was listed
             prompt = (inbox / run_id).read_text()
-        report.runs[run_id] = re.findall(r"^\[\S+\] System event (\S+) ", prompt, re.MULTILINE)
+        count.runs[run_id] = re.findall(r"^\[\S+\] System event (\S+) ", prompt, re.MULTILINE)
         if session := re.search(r"^event \d+ of (\S+)$", prompt, re.MULTILINE):
-            report.delivered[f"agent:main:{session[1]}"] += report.runs[run_id]
+            count.delivered[f"agent:main:{session[1]}"] += count.runs[run_id]
 
 
 def _wait(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -182,25 +182,26 @@ def _wait(condition: Callable[[], bool], seconds: float = 120) -> None:
         time.sleep(0.02)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--events", type=int, default=500)
     parser.add_argument("--sessions", type=int, default=50)
     parser.add_argument("--kills", type=int, default=5)
-    options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as directory:
-        report = run(
-            Path(directory), events=options.events, sessions=options.sessions, kills=options.kills
-        )
-    print(f"{report.kills} kills in {report.seconds:.0f} s, {report.retries} requests tried again")
-    print(f"acknowledged           {_acknowledged(report)}")
-    print(f"lost                   {len(report.lost())}")
-    print(f"sessions out of order  {len(report.out_of_order())}")
-    print(f"came twice             {len(report.repeated())}")
-    print(f"  without an interrupted heartbeat  {len(report.repeated_without_cause())}")
-    if report.lost() or report.out_of_order() or report.repeated_without_cause():
-        raise SystemExit(1)
 
 
-if __name__ == "__main__":
-    main()
+def run(options: argparse.Namespace, directory: Path) -> Report:
+    count = play(directory, events=options.events, sessions=options.sessions, kills=options.kills)
+    report = Report("crash", machine.describe(directory))
+    report.add("kills", count.kills)
+    report.add("all of it took", count.seconds, "s")
+    report.add("requests tried again", count.retries)
+    report.add("acknowledged", _acknowledged(count))
+    report.add("came twice", len(count.repeated()))
+    for name, wrong in (
+        ("lost", count.lost()),
+        ("sessions out of order", count.out_of_order()),
+        ("came twice without an interrupted heartbeat", count.repeated_without_cause()),
+    ):
+        report.add(name, len(wrong))
+        if wrong:
+            report.failures.append(f"{name}: {len(wrong)}")
+    return report
