@@ -10,6 +10,8 @@ from tests.live import LiveGateway
 
 # The policy under which wakes are measured. A session holds as many events as there will be.
 POLICY = """
+from django.core.management import call_command
+call_command("migrate", interactive=False, verbosity=0)
 from hooks.models import AllowedSessionPrefix, HookPolicy
 from wake.models import Agent, GatewaySettings
 policy = HookPolicy.ensure()
@@ -31,14 +33,13 @@ NO_LIMIT = "deliveries without bodies; no limit of queued events, nor of runs a 
 def prepared(
     directory: Path, *, agent: str = "", environment: dict[str, str] | None = None
 ) -> Iterator[LiveGateway]:
-    """Give a gateway that is to be started, on a migrated database with the policy above.
+    """Give a gateway that is yet to be started, on a migrated database with the policy above.
 
     `agent` is Python that says more about the `agent` main. SQLite, or the PostgreSQL server that
     DATABASE_URL names, in a database of its own.
     """
     gateway = LiveGateway(directory, environment=environment)
     try:
-        gateway.manage("migrate", "--verbosity", "0")
         gateway.manage("shell", "-v0", "-c", f"{POLICY}\n{agent}\nagent.save()")
         yield gateway
     finally:

@@ -23,10 +23,9 @@ from bench.serving import Served
 from tests.live import LiveGateway
 
 HELP = "from the answer to a wake to the start of its runner"
+# For what is imported at the first heartbeat.
 WARM_UP_SECONDS = 1.0
 ARRIVAL_SECONDS = 30.0
-# Until the gateway knows the configuration that was written before its start: none. This is for
-# what is imported at the first heartbeat.
 PROGRAM = 'date +%s.%N > "$0/$OPENCLAW_RUN_ID"'
 RUNS = (
     "from wake.models import SystemEvent\n"

@@ -19,7 +19,7 @@ import selectors
 import socket
 import time
 from array import array
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, Self
@@ -124,7 +124,7 @@ class Load:
         self._poll = selectors.DefaultSelector()
         self._outcome = Outcome()
         self._busy = 0
-        self._free: deque[_Line] = deque()
+        self._free: list[_Line] = []
         for _ in range(connections):
             self._connect()
 
@@ -157,18 +157,21 @@ class Load:
         all are sent, however late.
         """
         outcome = self._outcome = Outcome()
+        self._receive(0)  # that servers close what has been idle for long is no fault of theirs
         start = now = time.monotonic()
+        give_up = start + seconds + GRACE_SECONDS
         sent = 0
-        while now < start + seconds + GRACE_SECONDS:
+        while now < give_up:
             sends = sent < count and (rate is not None or now < start + seconds)
             if not sends and not self._busy:
                 break
             due = start + sent / rate if rate else now
             if sends and self._free and due <= now:
-                self._send(self._free.popleft(), due)
+                self._send(self._free.pop(), due)
                 sent += 1
             else:
-                self._receive(due - now if sends and self._free else 1.0)
+                until = due if sends and self._free else give_up
+                self._receive(min(until - now, 1.0))
             now = time.monotonic()
         outcome.seconds = now - start
         for line in self._lines():

@@ -38,6 +38,7 @@ from bench.report import Report
 HELP = "cost of storing and of claiming, by how much is queued"
 CASES = "1000/100,100000/10000,1000000/100000,20000/100,1000000/5000,1000000/100"
 AIM = 1.3
+MANY = 32
 FILL_ROWS = 10_000
 NO_LIMIT = 1_000_000_000
 
@@ -67,8 +68,8 @@ def parse_cases(written: str) -> list[Case]:
     """Read EVENTS/SESSIONS,… into cases."""
     pairs = (case.split("/") for case in written.split(","))
     cases = [Case(int(events), int(sessions)) for events, sessions in pairs]
-    if any(case.events < case.sessions for case in cases):
-        raise ValueError("a session has at least one event")
+    if any(not MANY <= case.sessions <= case.events for case in cases):
+        raise ValueError(f"at least {MANY} sessions, and an event for each")
     return cases
 
 
@@ -97,7 +98,7 @@ def measure(directory: Path, cases: Sequence[Case], *, rounds: int, each: int) -
         smallest = min(cases, key=lambda other: other.events)
         for name, samples, first in (
             ("enqueue 1", case.one, smallest.one),
-            ("enqueue 32", case.many, smallest.many),
+            (f"enqueue {MANY}", case.many, smallest.many),
             (f"claim and settle {_held(case)}", case.claimed, alike.claimed),
         ):
             report.add(f"{case}: {name}", median(samples) * 1000, "ms")
@@ -226,7 +227,6 @@ def _time(case: Case, each: int) -> None:
 
     def entries(count: int) -> list[queue.Entry]:
         at_once = queue.Due(timezone.now(), DueReason.WAKE)
-        count = min(count, case.sessions)
         return [
             queue.Entry(
                 SessionKey("main", _key(number)), secrets.token_hex(16), "hook:bench", True, at_once
@@ -256,7 +256,7 @@ def _time(case: Case, each: int) -> None:
     connection.ensure_connection()
     for number in range(each + 1):
         one = _seconds(enqueue(1))
-        many = _seconds(enqueue(32))
+        many = _seconds(enqueue(MANY))
         claimed = _seconds(claim)
         if number:  # the first of each is for what a new connection reads once
             case.one.append(one)
