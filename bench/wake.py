@@ -70,7 +70,11 @@ def run(options: argparse.Namespace, directory: Path) -> Report:
         options.same_text,
     )
     report = Report("wake", machine.describe(directory))
-    with Load(wakes, connections=options.connections) as load:
+    try:
+        sending = Load(wakes, connections=options.connections)
+    except (OSError, ValueError) as error:
+        raise SystemExit(str(error)) from error
+    with sending as load:
         if options.rate:
             outcome = load.at_rate(options.rate, options.seconds)
             report.add("wanted", options.rate, "requests/s")
