@@ -6,8 +6,10 @@ that recording costs no commit of its own. What is refused is recorded after it 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -25,11 +27,12 @@ from hooks.decisions import Decision, Matched, Step, decide, require_hook
 from hooks.errors import NotAuthorized
 from hooks.models import DeliveryOutcome, HookDelivery, KeepBodies
 from hooks.template import HookRequest, carries_credential, visible_headers
-from wake import configuration
+from wake import configuration, metrics
 from wake.configuration import GatewayConfiguration
 from wake.dispatch import Receipt, WakeRequest, dispatch_batch
 from wake.errors import StorageUnavailable, WakeError
 
+DOOR: Final = "hook"
 _FAILURES: Final = (DeliveryOutcome.REFUSED, DeliveryOutcome.FAILED)
 
 logger = logging.getLogger(__name__)
@@ -106,42 +109,60 @@ def _answer(
     snapshot: HookConfiguration,
     gateway: GatewayConfiguration,
 ) -> Answer:
-    require_hook(arrival.path, snapshot)
-    if arrival.fault:
-        raise arrival.fault
-    payload = decode_json(arrival.body)
-
     def watch(step: Step) -> None:
         if isinstance(step, Matched) and step.mapping:
             draft.mapping_id, draft.mapping_name = step.mapping.id, step.mapping.name
 
-    digest = None
-    # A person who sends a delivery again wants it done again.
-    if arrival.replay_of is None and (
-        key := idempotency.key_of(arrival.headers, payload, arrival.credential.scheme)
-    ):
-        draft.idempotency_key = _storable(key)[:200]
-        # No path is signed: under another one, a signed request is still the same.
-        is_signed = arrival.credential.scheme in idempotency.WITH_SIGNED_ID
-        path = "" if is_signed else arrival.path
-        digest = idempotency.digest_of(arrival.credential.key, path, key)
-    try:
-        decision = decide(
-            arrival.request(payload, snapshot), arrival.credential, snapshot, gateway, watch=watch
-        )
-    except NotAuthorized:
-        raise
-    except WakeError:
-        # What was accepted once is not refused when it comes again, whatever was changed since.
-        if digest and (first := _first_answer(digest, arrival.received_at)):
-            return answers.of_replay(first)
-        raise
+    with _refusals_counted():
+        require_hook(arrival.path, snapshot)
+        if arrival.fault:
+            raise arrival.fault
+        payload = decode_json(arrival.body)
+        digest = None
+        # A person who sends a delivery again wants it done again.
+        if arrival.replay_of is None and (
+            key := idempotency.key_of(arrival.headers, payload, arrival.credential.scheme)
+        ):
+            draft.idempotency_key = _storable(key)[:200]
+            # No path is signed: under another one, a signed request is still the same.
+            is_signed = arrival.credential.scheme in idempotency.WITH_SIGNED_ID
+            path = "" if is_signed else arrival.path
+            digest = idempotency.digest_of(arrival.credential.key, path, key)
+        request = arrival.request(payload, snapshot)
+        try:
+            decision = decide(request, arrival.credential, snapshot, gateway, watch=watch)
+        except NotAuthorized:
+            raise
+        except WakeError:
+            # What was accepted once is not refused when it comes again, whatever was changed since.
+            if digest and (first := _first_answer(digest, arrival.received_at)):
+                metrics.note_wake(DOOR, "replayed", _wakes_in(first))
+                return answers.of_replay(first)
+            raise
     if not decision.wakes:
         return answers.of_nothing(decision)
     try:
         return _store(arrival, decision, digest, draft, snapshot)
     except DatabaseError as error:
+        metrics.note_wake(DOOR, "failed")
         raise StorageUnavailable("the event could not be stored now; try again") from error
+
+
+@contextlib.contextmanager
+def _refusals_counted() -> Iterator[None]:
+    """Count what is refused in here; what `dispatch` refuses, it counts itself."""
+    try:
+        yield
+    except NotAuthorized:
+        raise  # as every wrong credential is: by the view
+    except WakeError as error:
+        metrics.note_wake(DOOR, "failed" if answers.of_error(error).status >= 500 else "refused")
+        raise
+
+
+def _wakes_in(first: dict[str, Any]) -> int:
+    """Return how many wakes the first answer to an idempotency key stands for."""
+    return len(first.get("results", [first]))
 
 
 def _store(
@@ -157,11 +178,13 @@ def _store(
     2. Store the events. One that is refused (its session is full) undoes the others.
     3. Keep the answer under the key, record the delivery, clear the client's failed credentials.
     """
+    replayed = metrics.Counts()
     try:
         with transaction.atomic():
             first = idempotency.claim(digest, arrival.received_at) if digest else None
             if first is not None:
                 answer = answers.of_replay(first)
+                replayed.wake(DOOR, "replayed", _wakes_in(first))
             else:
                 answer = answers.of_receipts(decision, _dispatch_all(decision.wakes))
                 if digest:
@@ -169,6 +192,7 @@ def _store(
             _complete(draft, answer, arrival, snapshot)
             draft.save(force_insert=True)
             _clear_failures(draft)
+            replayed.write()
     except (WakeError, DatabaseError):
         draft.pk = None  # whatever was stored is undone
         draft._state.adding = True

@@ -23,7 +23,9 @@ from wake.models import Agent, HashedToken
 
 # The first part of every other address of this site, kept for later ones too: hooks cannot live
 # there, because they would never be reached or would stand in the way.
-RESERVED_PATHS: Final = frozenset({"admin", "api", "media", "static", "ws"})
+RESERVED_PATHS: Final = frozenset(
+    {"admin", "api", "healthz", "media", "metrics", "readyz", "static", "ws"}
+)
 # Endpoints of their own below the base path; a mapping there would never be reached.
 ENDPOINTS: Final = frozenset({"agent", "wake"})
 

@@ -26,6 +26,7 @@ from hooks.configuration import hooks
 from hooks.credentials import Credential, refuse_in_query
 from hooks.deliveries import Arrival
 from hooks.errors import BodyTooLarge, NotAuthorized, TooManyFailures
+from wake import metrics
 from wake.errors import StorageUnavailable, WakeError
 
 
@@ -75,6 +76,7 @@ class HookView(APIView):
     def handle_exception(self, exc: Exception) -> Response:
         """Answer a wrong credential with 401, or with 429 where there were too many."""
         if isinstance(exc, AuthenticationFailed | NotAuthorized):
+            metrics.note_wake(deliveries.DOOR, "unauthorized")
             client = throttling.client_of(self.request.META)
             wait = throttling.note_failure(client, timezone.now())
             exc = AuthenticationFailed() if wait is None else TooManyFailures(wait)

@@ -5,11 +5,13 @@ The table of variables is in docs/operations.md.
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
 import environ  # type: ignore[import-untyped]
 from csp.constants import NONE, SELF
+from django.core.exceptions import ImproperlyConfigured
 
 from openclaw_site.secret_key import read_or_create_secret_key
 
@@ -43,6 +45,9 @@ AGENT_KEY_VARIABLES: list[str] = env.list(
 # How long a heartbeat survives the silence of its process; then another process takes it over.
 HEARTBEAT_LEASE_SECONDS: float = env.float("HEARTBEAT_LEASE_SECONDS", default=15.0)
 
+# Whether anybody may read /metrics; else a gateway token or the staff.
+METRICS_PUBLIC: bool = env.bool("METRICS_PUBLIC", default=False)
+
 INSTALLED_APPS = [
     # Before the apps whose templates and commands (runserver) they replace.
     "wake",
@@ -65,18 +70,20 @@ INSTALLED_APPS = [
 ]
 
 MIDDLEWARE = [
-    # First: it is on every answer, whoever gives it.
+    # First: they are on every answer, whoever gives it.
     "openclaw_site.middleware.ContentSecurityPolicy",
-    "openclaw_site.middleware.refuse_nul",
-    "hooks.hosts.refuse_unknown_host",
     "django.middleware.security.SecurityMiddleware",
+    "django.middleware.clickjacking.XFrameOptionsMiddleware",
+    "openclaw_site.middleware.refuse_nul",
+    # Before all that reads the database or the Host.
+    "wake.probes.answer_probes",
+    "hooks.hosts.refuse_unknown_host",
     "whitenoise.middleware.WhiteNoiseMiddleware",
     "django.contrib.sessions.middleware.SessionMiddleware",
     "django.middleware.common.CommonMiddleware",
     "django.middleware.csrf.CsrfViewMiddleware",
     "django.contrib.auth.middleware.AuthenticationMiddleware",
     "django.contrib.messages.middleware.MessageMiddleware",
-    "django.middleware.clickjacking.XFrameOptionsMiddleware",
 ]
 
 ROOT_URLCONF = "openclaw_site.urls"
@@ -209,11 +216,19 @@ SPECTACULAR_SETTINGS: dict[str, Any] = {
     "ENABLE_DJANGO_DEPLOY_CHECK": False,
 }
 
+LOG_FORMAT: str = env.str("LOG_FORMAT", default="line")
+if LOG_FORMAT not in ("line", "json"):
+    raise ImproperlyConfigured(f"LOG_FORMAT takes line or json, not {LOG_FORMAT!a}")
+# What Python warns of is a line like all others then.
+logging.captureWarnings(LOG_FORMAT == "json")
 LOGGING = {
     "version": 1,
     "disable_existing_loggers": False,
-    "formatters": {"line": {"format": "%(asctime)s %(levelname)s %(name)s: %(message)s"}},
-    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": "line"}},
+    "formatters": {
+        "line": {"()": "wake.logs.LineFormatter"},
+        "json": {"()": "wake.logs.JsonFormatter"},
+    },
+    "handlers": {"stderr": {"class": "logging.StreamHandler", "formatter": LOG_FORMAT}},
     "root": {"handlers": ["stderr"], "level": env.str("LOG_LEVEL", default="INFO")},
     "loggers": {"httpx": {"level": "WARNING"}},
 }

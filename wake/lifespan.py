@@ -12,12 +12,19 @@ import os
 from typing import Final
 
 from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
+from django.db import DatabaseError
 
-from wake import configuration, upkeep
+from wake import configuration, metrics, upkeep
+from wake.heartbeats import pulse
 from wake.heartbeats.loop import HeartbeatLoop
 
 # Set to 0 by `manage.py gateway --no-heartbeats`, for every worker process it starts.
 HEARTBEATS_VARIABLE: Final = "OPENCLAW_HEARTBEATS"
+
+
+def _write_noted() -> None:
+    with contextlib.suppress(DatabaseError):
+        metrics.write_noted()
 
 
 class Lifespan:
@@ -33,15 +40,18 @@ class Lifespan:
             message = await receive()
             if message["type"] == "lifespan.startup":
                 await asyncio.to_thread(beside.enter_context, configuration.keep_fresh())
+                beside.callback(_write_noted)
                 beside.enter_context(upkeep.keep_up())
                 if os.environ.get(HEARTBEATS_VARIABLE, "1") != "0":
                     heartbeats = HeartbeatLoop()
+                    pulse.expect(True)
                     serving = asyncio.create_task(heartbeats.run())
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
                 if heartbeats and serving:
                     heartbeats.stop()
                     await serving
+                    pulse.expect(False)
                 await asyncio.to_thread(beside.close)
                 await send({"type": "lifespan.shutdown.complete"})
                 return

@@ -10,6 +10,7 @@ from functools import cache
 from importlib import metadata
 from typing import Any, Final
 
+from django.db import connection
 from django.db.models import Case, Count, F, OuterRef, Q, QuerySet, Subquery, Sum, When
 from django.db.models.functions import Coalesce, Left
 from django.utils import timezone
@@ -24,20 +25,27 @@ _started = time.monotonic()
 
 @dataclass(frozen=True, slots=True)
 class QueueCounts:
-    """Events that are queued and that are dead letters; sessions that are due and that run."""
+    """Events that are queued and that are dead letters; sessions that are due, run, are held."""
 
     queued: int
     due: int
     running: int
+    held: int
     dead: int
 
 
 def queue_counts(now: datetime | None = None) -> QueueCounts:
-    """Count the queue. `due` are the sessions whose heartbeat could start at `now`."""
+    """Count the queue. `due` are the sessions whose heartbeat could start at `now`.
+
+    `held` are those with events that a limit of their agent holds back.
+    """
+    now = now or timezone.now()
+    is_held = Q(due_at__gt=now, due_at=F("held_until"), queued__gt=0, lease_token=None)
     counted = Session.objects.aggregate(
-        queued=Sum("queued", default=0),
-        due=Count("pk", filter=Q(due_at__lte=now or timezone.now(), lease_token=None)),
+        due=Count("pk", filter=Q(due_at__lte=now, lease_token=None)),
         running=Count("pk", filter=Q(lease_token__isnull=False)),
+        held=Count("pk", filter=is_held),
+        queued=Sum("queued", default=0),  # last: from here on the name is this sum's
     )
     return QueueCounts(**counted, dead=SystemEvent.objects.filter(state=EventState.DEAD).count())
 
@@ -76,6 +84,23 @@ def with_dead(sessions: QuerySet[Session]) -> QuerySet[Any]:
 def uptime_ms() -> int:
     """Return for how many milliseconds this process has been up."""
     return int((time.monotonic() - _started) * 1000)
+
+
+_was_migrated = False
+
+
+def is_migrated() -> bool:
+    """Whether the database answers and has every migration of this code. Raises DatabaseError."""
+    global _was_migrated
+    if _was_migrated:  # what is applied stays applied
+        with connection.cursor() as cursor:
+            cursor.execute("SELECT 1")
+        return True
+    from django.db.migrations.executor import MigrationExecutor
+
+    executor = MigrationExecutor(connection)
+    _was_migrated = not executor.migration_plan(executor.loader.graph.leaf_nodes())
+    return _was_migrated
 
 
 @cache

@@ -21,8 +21,18 @@ def _is_no_fault_of_a_client(record: logging.LogRecord) -> bool:
     return not record.getMessage().startswith("Invalid UTF-8 sequence")
 
 
+def _name_no_query(record: logging.LogRecord) -> bool:
+    if "WebSocket" in str(record.msg) and isinstance(record.args, tuple):
+        record.args = tuple(
+            value.partition("?")[0] if isinstance(value, str) else value for value in record.args
+        )
+    return True
+
+
 # Anybody can send such bytes, as often as they like; uvicorn logs a traceback each time.
 logging.getLogger("uvicorn.error").addFilter(_is_no_fault_of_a_client)
+# It logs the address of each connection, and clients put tokens into theirs.
+logging.getLogger("uvicorn.error").addFilter(_name_no_query)
 
 
 @dataclass(frozen=True, slots=True)

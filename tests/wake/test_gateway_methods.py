@@ -435,7 +435,7 @@ def test_health_counts_the_queue(wire: Wire) -> None:
     assert abs(health["ts"] - now.timestamp() * 1000) < 60_000
     assert health["durationMs"] >= 0
     assert health["defaultAgentId"] == "main"
-    assert health["queue"] == {"queued": 3, "due": 1, "running": 1, "dead": 1}
+    assert health["queue"] == {"queued": 3, "due": 1, "running": 1, "held": 0, "dead": 1}
     assert [agent["id"] for agent in health["agents"]] == ["main"]
 
 
@@ -443,7 +443,7 @@ def test_status(wire: Wire) -> None:
     wire.payload("wake", {"mode": "now", "text": "hello"})
     status = wire.payload("status")
     assert status["sessions"] == {"count": 1}
-    assert status["queue"] == {"queued": 1, "due": 1, "running": 0, "dead": 0}
+    assert status["queue"] == {"queued": 1, "due": 1, "running": 0, "held": 0, "dead": 0}
     assert status["lastHeartbeat"] is None
     assert isinstance(status["version"], str)
     assert status["uptimeMs"] > 0

@@ -188,7 +188,7 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         try:
             await self._say_hello(request)
         except HandshakeRefused as refused:
-            logger.info("gateway: connection %s refused: %s", self._id, refused)
+            logger.info("gateway: connection %s refused: %s", self._id, str(refused))
             self._refuse(request.id, refused.error, refused.close_code)
         except Exception as error:
             self._refuse(request.id, methods.to_error(error), CLOSE_TRY_AGAIN_LATER)

@@ -44,7 +44,12 @@ def note_ended_turns(snapshot: GatewayConfiguration, now: datetime) -> int:
         try:
             noted += note_turn(event_id, snapshot, now)
         except QueueFull as error:
-            logger.warning("heartbeats: notes about the turns of %s wait: %s", agent_id, error)
+            logger.warning(
+                "heartbeats: notes about the turns of %s wait: %s",
+                agent_id,
+                error,
+                extra={"agent_id": agent_id},
+            )
             full.add(agent_id)
     return noted
 
@@ -95,7 +100,8 @@ def _plan_note(
     try:
         return plan(request, snapshot, now)
     except Refused as error:
-        logger.warning("heartbeats: no note about turn %s: %s", turn.event.uid, error)
+        ids = {"event_id": turn.event.uid, "agent_id": session.agent_id}
+        logger.warning("heartbeats: no note about turn %s: %s", turn.event.uid, error, extra=ids)
         return None
 
 

@@ -17,7 +17,7 @@ from wake.gateway.scopes import READ
 @method("health", scope=READ, params=NoParams)
 def health(params: NoParams, caller: Caller) -> object:
     """`ok`, `ts`, `durationMs`, `defaultAgentId`, `agents`, `queue` (`queued` events, `due` and
-    `running` sessions, `dead` letters), `heartbeats.enabled`."""
+    `running` and `held` sessions, `dead` letters), `heartbeats.enabled`."""
     return status.health()
 
 

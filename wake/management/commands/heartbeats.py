@@ -8,8 +8,8 @@ from typing import Any, Final
 
 from django.core.management.base import BaseCommand, CommandError
 from django.db import DatabaseError, connection
-from django.db.migrations.executor import MigrationExecutor
 
+from wake import status
 from wake.heartbeats.loop import HeartbeatLoop
 from wake.limits import raise_open_files_limit
 
@@ -55,10 +55,9 @@ class Command(BaseCommand):
 
 def _require_migrated_database() -> None:
     try:
-        executor = MigrationExecutor(connection)
-        pending = executor.migration_plan(executor.loader.graph.leaf_nodes())
+        is_migrated = status.is_migrated()
     except DatabaseError as error:
         raise CommandError(f"cannot use the database: {error}".strip()) from error
-    if pending:
+    if not is_migrated:
         raise CommandError("the database is not migrated; run manage.py migrate first")
     connection.close()
