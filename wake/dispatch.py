@@ -7,6 +7,7 @@ table in docs/contract.md, "What a wake does".
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
@@ -17,7 +18,7 @@ from uuid import UUID
 from django.db import DatabaseError
 from django.utils import timezone
 
-from wake import configuration, queue, schedule, session_keys
+from wake import configuration, metrics, queue, schedule, session_keys
 from wake.configuration import GatewayConfiguration
 from wake.errors import StorageUnavailable, TextError, WakeError
 from wake.models import DueReason
@@ -25,6 +26,8 @@ from wake.models import DueReason
 # Named here too, for the doors: the queue is none of their business.
 from wake.queue import Turn as Turn
 from wake.session_keys import SessionKey
+
+logger = logging.getLogger(__name__)
 
 MAX_TEXT_BYTES: Final = 64 * 1024
 
@@ -107,19 +110,35 @@ def dispatch_batch(
             try:
                 entries.append((place, plan(request, snapshot, now)))
             except WakeError as error:
+                metrics.note_wake(request.source, "refused")
                 results[place] = error
         stored = queue.enqueue(
             [entry for _, entry in entries], now=now, max_queued=snapshot.max_queued_events
         )
     except DatabaseError as error:
+        for _, entry in entries:
+            metrics.note_wake(entry.source, "failed")
         raise StorageUnavailable("the event could not be stored now; try again") from error
     for (place, entry), outcome in zip(entries, stored, strict=True):
-        results[place] = (
-            Receipt(requests[place].mode, outcome.outcome, entry.session.key, outcome.event_id)
-            if isinstance(outcome, queue.Stored)
-            else outcome
-        )
+        if isinstance(outcome, queue.Stored):
+            mode = requests[place].mode
+            results[place] = Receipt(mode, outcome.outcome, entry.session.key, outcome.event_id)
+            if logger.isEnabledFor(logging.DEBUG):
+                _log(entry, outcome)
+        else:
+            metrics.note_wake(entry.source, "full")
+            results[place] = outcome
     return [result for result in results if result is not None]
+
+
+def _log(entry: queue.Entry, stored: queue.Stored) -> None:
+    ids = {
+        "event_id": stored.event_id,
+        "session_key": entry.session.key,
+        "agent_id": entry.session.agent_id,
+    }
+    said = "dispatch: event %s %s for %s by %s"
+    logger.debug(said, stored.event_id, stored.outcome, entry.session.key, entry.source, extra=ids)
 
 
 def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) -> queue.Entry:

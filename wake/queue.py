@@ -24,7 +24,7 @@ from django.db import transaction
 from django.db.models import Count, F, Min, OuterRef, Q, Subquery
 from uuid_utils.compat import uuid7
 
-from wake import doorbell, guards
+from wake import doorbell, guards, metrics
 from wake.errors import LeaseLost, QueueFull
 from wake.models import (
     PRIORITIES,
@@ -162,6 +162,7 @@ class Claim:
     events: tuple[ClaimedEvent, ...]
     more: bool  # further queued events follow those of this claim
     turn: Turn | None
+    runner: RunnerKind = RunnerKind.NONE
 
 
 # --- In -----------------------------------------------------------------------------------------
@@ -188,11 +189,13 @@ def enqueue(
         results: list[Stored | QueueFull] = []
         fresh: list[SystemEvent] = []
         turns: list[AgentTurn] = []
+        counts = metrics.Counts()
         for entry in entries:
             session = sessions[entry.session]
             is_own = entry.run_id is not None and senders.get(entry.run_id) == session.pk
             twin = newest.get(session.pk)
             if twin and _is_same(twin, entry, is_own):
+                counts.wake(entry.source, "coalesced")
                 results.append(Stored("coalesced", twin.uid))
             elif session.queued >= max_queued:
                 results.append(
@@ -230,6 +233,7 @@ def enqueue(
                     session.attempts = 0
                 session.queued += 1
                 session.last_event_at = now
+                counts.wake(entry.source, "queued")
                 results.append(Stored("queued", event.uid))
             if is_own and guards.is_self_wake_held(session.own_runs, entry.self_wake_limit):
                 _hold_self_wake(session, now)
@@ -242,6 +246,7 @@ def enqueue(
         Session.objects.bulk_update(
             sessions.values(), ["queued", "attempts", "last_event_at", *_DUE_FIELDS]
         )
+        counts.write()
         doorbell.ring([session.pk for session in sessions.values()])
     return results
 
@@ -415,6 +420,11 @@ def claim(
                     for taken in claims
                 ]
             )
+            counts = metrics.Counts()
+            for new in claims:
+                if new.attempt == 1:
+                    counts.started((event.at for event in new.events), now)
+            counts.write()
             doorbell.ring([taken.session_id for taken in claims])
     return claims
 
@@ -517,6 +527,7 @@ def _take(session: Session, terms: Terms, *, owner: str, now: datetime, lease: t
         events=events,
         more=more,
         turn=turn,
+        runner=terms.runner,
     )
 
 
@@ -605,11 +616,14 @@ def settle(
     """
     with transaction.atomic():
         session = _leased_session(claim)
-        session.queued -= _settle_events(claim, claim.events, EventState.DELIVERED, now)
+        counts = metrics.Counts()
+        session.queued -= _settle_events(claim, claim.events, EventState.DELIVERED, now, counts)
         session.attempts = 0
         session.batch_through = None
         _give_back(session, now, next_scheduled, more=claim.more)
         _finish(claim.run_id, status, now, prompt=prompt, reply=reply)
+        counts.run(claim.runner, status)
+        counts.write()
         doorbell.ring([session.pk])
 
 
@@ -636,8 +650,9 @@ def fail(
     """
     with transaction.atomic():
         session = _leased_session(claim)
+        counts = metrics.Counts()
         session.queued -= _settle_events(
-            claim, claim.events[:handed_over], EventState.DELIVERED, now
+            claim, claim.events[:handed_over], EventState.DELIVERED, now, counts
         )
         rest = claim.events[handed_over:]
         failed = rest[:1] if is_about_one else rest
@@ -646,7 +661,7 @@ def fail(
         # A heartbeat without events is not tried again when there are events by now.
         overtaken = not claim.events and session.queued > 0
         if permanent or overtaken or attempt >= max_attempts:
-            session.queued -= _settle_events(claim, failed, EventState.DEAD, now)
+            session.queued -= _settle_events(claim, failed, EventState.DEAD, now, counts)
             session.attempts = 0
             session.batch_through = None
             more = claim.more or len(failed) < len(rest)
@@ -660,6 +675,8 @@ def fail(
             session.last_heartbeat_at = now
             session.save()
         _finish(claim.run_id, HeartbeatStatus.FAILED, now, prompt=prompt, error=error)
+        counts.run(claim.runner, HeartbeatStatus.FAILED)
+        counts.write()
         doorbell.ring([session.pk])
 
 
@@ -670,7 +687,9 @@ def lose(claim: Claim, error: str, *, now: datetime, max_attempts: int) -> None:
     """
     with transaction.atomic():
         session = _leased_session(claim)
-        _take_back(session, now, max_attempts, error)
+        counts = metrics.Counts()
+        _take_back(session, now, max_attempts, error, counts)
+        counts.write()
         doorbell.ring([session.pk])
 
 
@@ -682,8 +701,9 @@ def release(claim: Claim, *, now: datetime, handed_over: int = 0) -> None:
     """
     with transaction.atomic():
         session = _leased_session(claim)
+        counts = metrics.Counts()
         session.queued -= _settle_events(
-            claim, claim.events[:handed_over], EventState.DELIVERED, now
+            claim, claim.events[:handed_over], EventState.DELIVERED, now, counts
         )
         session.attempts = claim.attempt - 1
         if handed_over:
@@ -693,6 +713,8 @@ def release(claim: Claim, *, now: datetime, handed_over: int = 0) -> None:
             session.due_at, session.due_reason = now, claim.reason
         session.save()
         _finish(claim.run_id, HeartbeatStatus.RELEASED, now)
+        counts.run(claim.runner, HeartbeatStatus.RELEASED)
+        counts.write()
         doorbell.ring([session.pk])
 
 
@@ -718,11 +740,16 @@ def _leased_session(claim: Claim) -> Session:
 
 
 def _settle_events(
-    claim: Claim, events: Sequence[ClaimedEvent], state: EventState, now: datetime
+    claim: Claim,
+    events: Sequence[ClaimedEvent],
+    state: EventState,
+    now: datetime,
+    counts: metrics.Counts,
 ) -> int:
     """Settle exactly these events of the claim and return how many there were."""
     if not events:
         return 0
+    counts.done((event.at for event in events), state, now)
     run = Heartbeat.objects.filter(run_id=claim.run_id).values("pk")
     # An event may be missing: an operator can have discarded it while the heartbeat ran.
     return SystemEvent.objects.filter(
@@ -781,26 +808,30 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
     if not expired.exists():
         return 0
     taken_back: list[int] = []
+    counts = metrics.Counts()
     with transaction.atomic():
         for session in expired.select_for_update(skip_locked=True).order_by("pk"):
             if session.lease_until and session.lease_until > now + lease:
                 Session.objects.filter(pk=session.pk).update(lease_until=now + lease)
                 continue
             most = max_attempts.get(session.agent_id, 1)
-            _take_back(session, now, most, "its process stopped renewing the lease")
+            _take_back(session, now, most, "its process stopped renewing the lease", counts)
             taken_back.append(session.pk)
         if taken_back:
+            counts.write()
             doorbell.ring(taken_back)
     return len(taken_back)
 
 
-def _take_back(session: Session, now: datetime, max_attempts: int, error: str) -> None:
+def _take_back(
+    session: Session, now: datetime, max_attempts: int, error: str, counts: metrics.Counts
+) -> None:
     """End the session's run as lost. The same events are due again, unless it was the last try."""
     token = session.lease_token
     assert token is not None  # noqa: S101 - a lost lease was one
     _drop_lease(session)
     if session.attempts >= max_attempts:
-        session.queued -= _dead_letters(session, token, now)
+        session.queued -= _dead_letters(session, token, now, counts)
         session.attempts = 0
         session.batch_through = None
     session.due_at = max(now, _rate_hold(session) or now)
@@ -809,15 +840,19 @@ def _take_back(session: Session, now: datetime, max_attempts: int, error: str) -
         session.due_at, session.due_reason = None, ""
     session.save()
     _finish(token, HeartbeatStatus.LOST, now, error=error)
+    runner = Heartbeat.objects.filter(run_id=token).values_list("runner", flat=True).first()
+    counts.run(runner or "", HeartbeatStatus.LOST)
 
 
-def _dead_letters(session: Session, run_id: UUID, now: datetime) -> int:
+def _dead_letters(session: Session, run_id: UUID, now: datetime, counts: metrics.Counts) -> int:
     if session.batch_through is None:
         return 0
     run = Heartbeat.objects.filter(run_id=run_id).values("pk")
-    return SystemEvent.objects.filter(
+    events = SystemEvent.objects.filter(
         session=session, state=EventState.QUEUED, pk__lte=session.batch_through
-    ).update(state=EventState.DEAD, settled_at=now, heartbeat_id=Subquery(run))
+    )
+    counts.done(events.values_list("created_at", flat=True), EventState.DEAD, now)
+    return events.update(state=EventState.DEAD, settled_at=now, heartbeat_id=Subquery(run))
 
 
 def correct_due_times(*, now: datetime) -> int:

@@ -29,7 +29,7 @@ from django.utils import timezone
 from wake import configuration, doorbell, queue, schedule
 from wake.configuration import AgentConfiguration, GatewayConfiguration
 from wake.errors import LeaseLost, QueueFull
-from wake.heartbeats import reaches, transcripts, turns
+from wake.heartbeats import pulse, reaches, transcripts, turns
 from wake.heartbeats.prompt import build_prompt, is_quiet
 from wake.heartbeats.runners import (
     Delivered,
@@ -134,6 +134,7 @@ class HeartbeatLoop:
             while not self._stopping.is_set():
                 self._look_again.clear()
                 pause = await self._start_due()
+                pulse.beat()
                 with contextlib.suppress(TimeoutError):
                     await asyncio.wait_for(self._look_again.wait(), pause)
 
@@ -257,7 +258,12 @@ class HeartbeatLoop:
                 type(outcome).__name__.lower(),
                 len(claim.events),
                 claim.attempt,
+                extra=_ids(claim),
             )
+            if isinstance(outcome, Failed | Lost):  # it may quote what the agent was given
+                logger.debug(
+                    "heartbeats: run %s: %s", claim.run_id, outcome.error, extra=_ids(claim)
+                )
             await self._settle(claim, lambda: self._settle_step(claim, turn, outcome))
         finally:
             del self._handing_over[claim]
@@ -279,7 +285,8 @@ class HeartbeatLoop:
         except Exception as error:
             if isinstance(error, TimeoutError) and timer.expired():
                 return Failed(f"no answer within {turn.limit:g} s")
-            logger.exception("heartbeats: run %s: defect in its runner", turn.run_id)
+            ids = {"run_id": turn.run_id, "agent_id": turn.agent.id}
+            logger.exception("heartbeats: run %s: defect in its runner", turn.run_id, extra=ids)
             return Failed(f"the {turn.agent.runner} runner failed: {type(error).__name__}: {error}")
 
     def _runner(self, kind: RunnerKind) -> Runner:
@@ -296,13 +303,15 @@ class HeartbeatLoop:
             try:
                 await self._in_database(step)
             except LeaseLost as lost:
-                logger.warning("heartbeats: %s; its outcome was refused", lost)
+                logger.warning("heartbeats: %s; its outcome was refused", lost, extra=_ids(claim))
             except DatabaseError as error:
                 if time.monotonic() < self._give_up_at:
-                    logger.warning("heartbeats: run %s is not settled yet: %s", claim.run_id, error)
+                    waits = "heartbeats: run %s is not settled yet: %s"
+                    logger.warning(waits, claim.run_id, error, extra=_ids(claim))
                     await asyncio.sleep(DATABASE_RETRY_SECONDS)
                     continue
-                logger.warning("heartbeats: run %s is left to its lease: %s", claim.run_id, error)
+                left = "heartbeats: run %s is left to its lease: %s"
+                logger.warning(left, claim.run_id, error, extra=_ids(claim))
             return
 
     def _settle_step(self, claim: Claim, turn: Turn, outcome: Outcome) -> None:
@@ -345,7 +354,8 @@ class HeartbeatLoop:
         try:
             turns.note_turn(claim.events[0].pk, configuration.gateway(), now)
         except (DatabaseError, QueueFull) as error:
-            logger.warning("heartbeats: the note about run %s waits: %s", claim.run_id, error)
+            waits = "heartbeats: the note about run %s waits: %s"
+            logger.warning(waits, claim.run_id, error, extra=_ids(claim))
 
     def _next_scheduled(self, claim: Claim, now: datetime) -> datetime | None:
         """Return the session's next scheduled heartbeat, if it is its agent's main session."""
@@ -430,6 +440,15 @@ class HeartbeatLoop:
     async def _in_database(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `step` on the loop's database thread."""
         return await call_in(self._database, step, *args, **kwargs)
+
+
+def _ids(claim: Claim) -> dict[str, object]:
+    """Return what a log line about a run has as fields of its own."""
+    return {
+        "run_id": claim.run_id,
+        "session_key": claim.session.key,
+        "agent_id": claim.session.agent_id,
+    }
 
 
 def _limits(snapshot: GatewayConfiguration) -> dict[str, tuple[int | None, int | None]]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from contextlib import suppress
 from typing import Any, Final
 
 from django.core.management.base import BaseCommand, CommandError, CommandParser
@@ -108,6 +109,9 @@ def _text(written: str) -> str:
 
 
 def _store(text: str, session_key: str | None, agent: str | None, mode: str) -> Any:
+    from django.db import DatabaseError
+
+    from wake import metrics
     from wake.dispatch import Mode, WakeRequest, dispatch, parse_run_id
     from wake.errors import StorageUnavailable, WakeError
 
@@ -118,6 +122,8 @@ def _store(text: str, session_key: str | None, agent: str | None, mode: str) -> 
     except StorageUnavailable as error:
         raise CommandError(one_line(f"{error}: {_storage_problem(error.__cause__)}")) from error
     except WakeError as error:
+        with suppress(DatabaseError):
+            metrics.write_noted()  # else it ends with this process
         raise CommandError(one_line(str(error))) from error
 
 
