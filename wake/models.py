@@ -202,6 +202,12 @@ class Agent(models.Model):
     def __str__(self) -> str:
         return self.id
 
+    @property
+    def needs_secret(self) -> bool:
+        """Whether what is posted is to be signed, and there is nothing yet to sign it with."""
+        is_signed = self.runner == RunnerKind.HTTP or bool(self.reply_url)
+        return is_signed and not self.signing_secret
+
     def clean(self) -> None:
         if not self.enabled and GatewaySettings.objects.filter(default_agent=self.pk).exists():
             default = "This is the default agent; make another one the default first."
@@ -224,7 +230,7 @@ class Agent(models.Model):
 
     def _clean_target(self) -> None:
         """Raise ValidationError unless the runner has what it needs."""
-        if self.runner in _RUNNERS_WITH_URL and not self.url:
+        if self.runner in RUNNERS_WITH_URL and not self.url:
             raise ValidationError({"url": f"The {self.runner} runner needs a URL."})
         if self.url:
             try:
@@ -244,7 +250,7 @@ class Agent(models.Model):
             )
 
 
-_RUNNERS_WITH_URL = (RunnerKind.HTTP, RunnerKind.OPENCLAW, RunnerKind.CHAT)
+RUNNERS_WITH_URL = (RunnerKind.HTTP, RunnerKind.OPENCLAW, RunnerKind.CHAT)
 
 
 class GatewaySettings(models.Model):

@@ -20,11 +20,13 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Final
+from uuid import UUID, uuid5
 
 from wake.heartbeats.runners import (
     MAX_ERROR_CHARACTERS,
@@ -93,6 +95,28 @@ def agent_environment(inherited: Mapping[str, str], turn: Turn) -> dict[str, str
     }
 
 
+# What an argument may hold for the turn. Nothing that comes from outside is among it, because
+# arguments may be a shell's to read: the session key is in the environment.
+_PLACEHOLDER = re.compile(r"\{(session_id|agent_id|run_id)\}")
+_SESSIONS = UUID("6f0d1e0c-5c0e-5d5b-9f52-1d1f4b6f3c57")
+
+
+def filled(
+    command: Sequence[str], *, agent_id: str, session_key: str, run_id: UUID
+) -> tuple[str, ...]:
+    """Return the command with `{session_id}`, `{agent_id}` and `{run_id}` filled in.
+
+    The session id is a UUID, always the same one for a session: for programs that keep its
+    conversation under an id that they are given. All other braces stay as they are.
+    """
+    values = {
+        "session_id": str(uuid5(_SESSIONS, f"{agent_id} {session_key}")),
+        "agent_id": agent_id,
+        "run_id": str(run_id),
+    }
+    return tuple(_PLACEHOLDER.sub(lambda match: values[match[1]], argument) for argument in command)
+
+
 class CommandRunner(Runner):
     """Runs the agent's command, once for each turn.
 
@@ -116,7 +140,12 @@ class CommandRunner(Runner):
 
         Failures can all be tried again: a program that is missing may be installed by then.
         """
-        command = turn.agent.command
+        command = filled(
+            turn.agent.command,
+            agent_id=turn.agent.id,
+            session_key=turn.session_key,
+            run_id=turn.run_id,
+        )
         if not command:
             return Failed("the agent has no command")
         try:
@@ -137,7 +166,9 @@ def _outcome(exit_status: int, output: bytes, errors: bytes) -> Outcome:
     ending = f"killed by signal {_signal_name(-exit_status)}"
     if exit_status > 0:
         ending = f"exit status {exit_status}"
-    reason = cut(errors.decode("utf-8", "replace")).strip()
+    # Some say why on standard output, and nothing on standard error.
+    said = errors if errors.strip() else output[-MAX_ERROR_CHARACTERS:]
+    reason = cut(said.decode("utf-8", "replace")).strip()
     return Failed(f"{ending}: {reason}" if reason else ending)
 
 
