@@ -19,6 +19,7 @@ from django.utils import timezone
 from tests.claims import terms
 from wake import configuration, queue
 from wake.dispatch import Mode, WakeRequest, dispatch
+from wake.heartbeats import presets
 from wake.models import Agent, EventState, GatewaySettings, RunnerKind, SystemEvent
 from wake.signing import new_signing_secret, signing_key
 
@@ -86,6 +87,113 @@ def test_a_program_is_stored_as_a_list_and_implies_its_runner() -> None:
     assert (main.runner, main.command) == ("none", program)
 
 
+def test_a_preset_is_a_command_to_which_arguments_can_be_added(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    output = agents("set", "main", "--preset", "codex", program=["--model", "m 1"])
+    main = Agent.objects.get(pk="main")
+    assert main.runner == RunnerKind.COMMAND
+    assert main.command == [*presets.find("codex").command, "--model", "m 1"]
+    assert "runner command codex --model 'm 1'" in output
+    assert "codex is not installed here" in output
+    assert "codex --model" in agents()
+    program = tmp_path / "claude"
+    program.touch(0o755)
+    assert "installed" not in agents("set", "main", "--preset", "claude-code")
+    assert listed()["main"]["command"] == list(presets.find("claude-code").command)
+
+
+def test_the_presets_are_listed() -> None:
+    shown = agents("presets")
+    as_json = json.loads(agents("presets", "--json"))
+    assert [preset["id"] for preset in as_json] == [preset.key for preset in presets.PRESETS]
+    for preset in presets.PRESETS:
+        assert f"{preset.key}: {preset.title}" in shown
+        assert preset.log_in in shown
+
+
+def test_every_field_of_an_agent_can_be_set_shown_and_set_back() -> None:
+    agents(
+        *("set", "ops", "--url", "http://127.0.0.1:11434/v1", "--model", "qwen3:8b"),
+        *("--key-variable", "OPENAI_API_KEY", "--transcript", "16k", "--active", "22:30-24:00"),
+        *("--time-zone", "Europe/Berlin", "--idle-runs", "with-events", "--max-parallel", "2"),
+        *("--max-per-minute", "off", "--max-self-wakes", "3"),
+    )
+    expected = {
+        "runner": "chat",
+        "url": "http://127.0.0.1:11434/v1",
+        "model": "qwen3:8b",
+        "keyVariable": "OPENAI_API_KEY",
+        "transcriptBytes": 16 * 1024,
+        "active": "22:30-00:00",
+        "timeZone": "Europe/Berlin",
+        "idleRuns": "with-events",
+        "maxParallel": 2,
+        "maxPerMinute": None,
+        "maxSelfWakes": 3,
+        "replyUrl": "",
+    }
+    assert {name: listed()["ops"][name] for name in expected} == expected
+    assert "qwen3:8b at http://127.0.0.1:11434/v1" in agents()
+    agents(
+        *("set", "ops", "--key-variable", "off", "--active", "OFF", "--max-parallel", "off"),
+        *("--max-per-minute", "20", "--max-self-wakes", "off", "--transcript", "0"),
+    )
+    ops = listed()["ops"]
+    assert (ops["keyVariable"], ops["active"], ops["transcriptBytes"]) == ("", "off", 0)
+    assert (ops["maxParallel"], ops["maxPerMinute"], ops["maxSelfWakes"]) == (None, 20, None)
+    assert (ops["timeZone"], ops["idleRuns"]) == ("Europe/Berlin", "with-events")
+
+
+@pytest.mark.parametrize(
+    ("runner", "target"),
+    [
+        (("--runner", "inbox"), ""),
+        (
+            ("--runner", "openclaw", "--url", "wss://u:pw@other.example/?t=hid"),
+            "wss://other.example/",
+        ),
+        (("--runner", "chat", "--url", "http://u:pw@llm/v1", "--model", "m"), "m at http://llm/v1"),
+    ],
+)
+def test_each_runner_shows_its_target(runner: tuple[str, ...], target: str) -> None:
+    output = agents("set", "ops", *runner) + agents() + agents("--json")
+    assert Agent.objects.get(pk="ops").runner == runner[1]
+    assert f"runner {runner[1]} {target}".rstrip() + ", every" in output
+    assert "pw" not in output
+    assert "hid" not in output
+    assert "whsec_" not in output
+
+
+def test_a_url_alone_goes_to_the_runner_that_has_one() -> None:
+    agents("set", "ops", "--runner", "openclaw", "--url", "ws://other.example/")
+    agents("set", "ops", "--url", "ws://another.example/")
+    assert (listed()["ops"]["runner"], listed()["ops"]["url"]) == (
+        "openclaw",
+        "ws://another.example/",
+    )
+    agents("set", "ops", "--url", "http://127.0.0.1:8080/v1", "--model", "m")
+    assert listed()["ops"]["runner"] == "chat"
+    agents("set", "ops", "--runner", "inbox")
+    agents("set", "ops", "--url", "http://127.0.0.1:8080/turn")
+    assert listed()["ops"]["runner"] == "http"
+
+
+def test_a_reply_url_gets_a_secret_too() -> None:
+    url = "https://user:pass-word@log.example/replies"
+    output = agents("set", "ops", "--reply-url", url)
+    ops = Agent.objects.get(pk="ops")
+    assert (ops.runner, ops.reply_url) == ("none", url)
+    assert f"signing secret (shown only this once): {ops.signing_secret}" in output
+    shown = agents("set", "ops", "--name", "Operations") + agents("--json")
+    assert "whsec_" not in shown
+    assert "pass-word" not in shown
+    assert listed()["ops"]["replyUrl"] == "https://log.example/replies"
+    agents("set", "ops", "--reply-url", "off")
+    assert listed()["ops"]["replyUrl"] == ""
+
+
 def test_an_http_agent_gets_a_secret_that_is_shown_once() -> None:
     output = agents("set", "ops", "--runner", "http", "--url", "https://agent.example/turns")
     shown = output.rsplit(" ", 1)[1].strip()
@@ -144,6 +252,23 @@ def test_the_default_agent_cannot_be_disabled() -> None:
         (("set", "x", "--every", "9999d"), "heartbeat_every: "),
         (("set", "x", "--name", "n" * 201), "name: "),
         (("set", "x", "--prompt", "\udcff"), "not valid UTF-8"),
+        (("set", "x", "--time-zone", "Europe/Atlantis"), "time_zone: "),
+        (("set", "x", "--time-zone", "../../etc/passwd"), "time_zone: "),
+        (("set", "x", "--time-zone", ""), "time_zone: "),
+        (("set", "x", "--active", "08:00-08:00"), "active_until: "),
+        (("set", "x", "--active", "00:00-24:00"), "active_until: "),
+        (("set", "x", "--key-variable", "SECRET_KEY"), "AGENT_KEY_VARIABLES"),
+        (("set", "x", "--runner", "openclaw"), "url: The openclaw runner needs a URL"),
+        (("set", "x", "--runner", "chat", "--url", "http://llm/v1"), "model: "),
+        (("set", "x", "--model", "m"), "url: The chat runner needs a URL"),
+        (("set", "x", "--model", "m", "--url", "ws://llm/v1"), "url: "),
+        (("set", "x", "--url", "wss://other.example/"), "url: "),
+        (("set", "x", "--runner", "openclaw", "--url", "ftp://other.example/"), "url: "),
+        (("set", "x", "--reply-url", "ws://log.example/"), "reply_url: "),
+        (("set", "x", "--transcript", "17m"), "transcript_bytes: "),
+        (("set", "x", "--max-parallel", "0"), "max_parallel_runs: "),
+        (("set", "x", "--max-per-minute", "1001"), "max_runs_per_minute: "),
+        (("set", "x", "--max-self-wakes", "-1"), "max_self_wakes: "),
     ],
 )
 def test_what_cannot_be_is_refused(arguments: tuple[str, ...], reason: str) -> None:
@@ -163,6 +288,14 @@ def test_what_cannot_be_is_refused(arguments: tuple[str, ...], reason: str) -> N
         (("set", "x", "--enable", "--disable"), None),
         (("set", "x", "--pause", "--resume"), None),
         (("set", "x", "y"), None),
+        (("set", "x", "--preset", "skynet"), None),
+        (("set", "x", "--active", "8-22"), None),
+        (("set", "x", "--active", "08:00-24:01"), None),
+        (("set", "x", "--active", "24:00-08:00"), None),
+        (("set", "x", "--transcript", "much"), None),
+        (("set", "x", "--transcript", "-1"), None),
+        (("set", "x", "--max-parallel", "few"), None),
+        (("set", "x", "--idle-runs", "never"), None),
         (("remove", "x"), None),
     ],
 )
@@ -178,6 +311,12 @@ def test_wrong_usage_is_refused(arguments: tuple[str, ...], program: list[str] |
         (("set", "x", "--runner", "command", "--url", "https://agent.example/"), None),
         (("set", "x", "--url", "https://agent.example/"), ["/bin/true"]),
         (("list",), ["/bin/true"]),
+        (("presets",), ["/bin/true"]),
+        (("set", "x", "--preset", "codex", "--runner", "http"), None),
+        (("set", "x", "--preset", "codex"), []),
+        (("set", "x", "--runner", "inbox", "--url", "https://agent.example/"), None),
+        (("set", "x", "--runner", "http", "--model", "m"), None),
+        (("set", "x", "--model", "m"), ["/bin/true"]),
         ((), ["/bin/true"]),
     ],
 )
