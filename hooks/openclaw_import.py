@@ -11,14 +11,16 @@ import math
 import re
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
-from datetime import timedelta
+from datetime import time, timedelta
 from enum import StrEnum
 from itertools import count
 from typing import Any, Final, Literal, TypeAlias
 
+from django.core.exceptions import ValidationError
+
 from hooks import presets
 from hooks.models import BODY_BYTES, ENDPOINTS, LONGEST_TURN_SECONDS, HookMapping
-from wake.models import GatewaySettings
+from wake.models import GatewaySettings, validate_time_zone
 from wake.session_keys import AGENT_ID_PATTERN
 
 SHORT_TOKEN_CHARACTERS: Final = 16
@@ -35,6 +37,9 @@ _DURATION_UNITS: Final = {
     "h": timedelta(hours=1),
     "d": timedelta(days=1),
 }
+
+_TIME_OF_DAY = re.compile(r"([01]\d|2[0-3]):([0-5]\d)", re.ASCII)
+_MIDNIGHT = "24:00"
 
 _NO_SUCH_SETTING = "this gateway has no such setting"
 _NOT_A_CHAT = "this gateway delivers to sessions, not to chats"
@@ -62,7 +67,17 @@ _MAPPING_REASONS: Final = {
 _HEARTBEAT_REASONS: Final = {
     "target": _NOT_A_CHAT,
     "to": _NOT_A_CHAT,
+    "accountId": _NOT_A_CHAT,
+    "directPolicy": _NOT_A_CHAT,
+    "includeReasoning": _NOT_A_CHAT,
+    "suppressToolErrorWarnings": _NOT_A_CHAT,
     "model": _AGENTS_OWN,
+    "lightContext": _AGENTS_OWN,
+    "isolatedSession": _AGENTS_OWN,
+    "includeSystemPromptSection": _AGENTS_OWN,
+    "session": "scheduled heartbeats are always those of the main session",
+    "skipWhenBusy": "a session has one heartbeat at a time, and what comes meanwhile waits",
+    "ackMaxChars": "300 characters may stand beside HEARTBEAT_OK, always",
 }
 
 
@@ -239,9 +254,13 @@ def _agents(agents: _Object) -> Iterator[Step]:
     if known:
         default, why = _default_agent(known, system)
         scheduled = _scheduled_agents(known, shared, default)
+        shared_hours = shared.child("activeHours")
         for agent_id, entry in known.items():
             is_scheduled = agent_id in scheduled
-            yield from _agent(agent_id, entry, shared, is_scheduled=is_scheduled)
+            yield from _agent(
+                agent_id, entry, shared, shared_hours, defaults, is_scheduled=is_scheduled
+            )
+        yield from shared_hours.left_out(_NO_SUCH_SETTING)
         yield DefaultAgentStep(default, why)
     yield from shared.left_out(_NO_SUCH_SETTING, _HEARTBEAT_REASONS)
     yield from system.left_out(_NO_SUCH_SETTING)
@@ -282,25 +301,114 @@ def _scheduled_agents(
     return frozenset(known) if shared.values else frozenset({default})
 
 
-def _agent(agent_id: str, entry: _Object, shared: _Object, *, is_scheduled: bool) -> Iterator[Step]:
+@dataclass(frozen=True, slots=True)
+class _Hours:
+    """When scheduled heartbeats run. `is_never`: at no time, which OpenClaw can say and this not.
+
+    `why` tells where the time zone is from; it is `guessed` where the file says nothing of it.
+    """
+
+    start: time | None = None
+    end: time | None = None
+    time_zone: str = ""
+    why: str = ""
+    guessed: bool = False
+    is_never: bool = False
+
+
+def _active_hours(hours: _Object, defaults: _Object) -> _Hours:
+    """Return the hours of `activeHours`; a fault, or one of the two alone, leaves the whole day."""
+    if not hours.values:
+        return _Hours()
+    start, end = _time_of_day(hours, "start"), _time_of_day(hours, "end")
+    time_zone, why, guessed = _time_zone(hours, defaults)
+    if start is None or end is None:
+        return _Hours()
+    if start == end:
+        is_all_day = hours.text("end") == _MIDNIGHT
+        return _Hours(is_never=not is_all_day)
+    return _Hours(start, end, time_zone, why, guessed)
+
+
+def _time_of_day(hours: _Object, key: str) -> time | None:
+    written = hours.text(key)
+    if match := _TIME_OF_DAY.fullmatch(written):
+        return time(int(match[1]), int(match[2]))
+    if key == "end" and written == _MIDNIGHT:
+        return time(0)
+    hours.faults.setdefault(key, "it must be a time of day such as 08:00, for these hours to count")
+    return None
+
+
+def _time_zone(hours: _Object, defaults: _Object) -> tuple[str, str, bool]:
+    """Return the time zone of active hours, where it is from, and whether it is guessed.
+
+    Without a name of one OpenClaw takes the user's, else that of its machine.
+    """
+    written = hours.text("timezone")
+    if written and written not in ("user", "local"):
+        if _is_time_zone(written):
+            return written, "", False
+        hours.faults.setdefault("timezone", "no such time zone")
+    if written != "local" and (user := defaults.text("userTimezone")):
+        if _is_time_zone(user):
+            return user, f"active hours in {user}, the file's userTimezone", False
+        defaults.faults.setdefault("userTimezone", "no such time zone")
+    here = hours.environment.get("TZ", "").removeprefix(":")
+    if _is_time_zone(here):
+        return here, f"active hours in {here}, the TZ of this machine", True
+    why = "active hours in UTC, as the file names no time zone: manage.py agents set ID --time-zone"
+    return "UTC", why, True
+
+
+def _is_time_zone(name: str) -> bool:
+    try:
+        validate_time_zone(name)
+    except ValidationError:
+        return False
+    return True
+
+
+def _agent(
+    agent_id: str,
+    entry: _Object,
+    shared: _Object,
+    shared_hours: _Object,
+    defaults: _Object,
+    *,
+    is_scheduled: bool,
+) -> Iterator[Step]:
     written = entry.text("id")
     entry.prefix = f"agent {agent_id}: "
     own = entry.child("heartbeat")
+    own_hours = own.child("activeHours")
+    hours = _active_hours(own_hours if own_hours.values else shared_hours, defaults)
     every = own.duration("every") if "every" in own else shared.duration("every")
+    seconds = own.number("timeoutSeconds") or shared.number("timeoutSeconds")
     why = []
     if not is_scheduled:
         every = timedelta(0)
         why.append("its schedule is off, because in OpenClaw other agents have the heartbeats")
+    elif hours.is_never:
+        every = timedelta(0)
+        why.append("its schedule is off, because its active hours begin and end at the same time")
+    if hours.why:
+        why.append(hours.why)
     is_renamed = bool(written) and written.lower() != agent_id
     if is_renamed:
         why.append("its id has characters that are not possible here")
     fields = (
         Field("name", "name", entry.text("name")),
         Field("heartbeat.every", "heartbeat_every", every),
+        Field("heartbeat.activeHours", "active_from", hours.start),
+        Field("heartbeat.activeHours", "active_until", hours.end),
+        Field("heartbeat.activeHours.timezone", "time_zone", hours.time_zone),
+        Field("heartbeat.timeoutSeconds", "timeout_seconds", seconds),
         Field("heartbeat.prompt", "heartbeat_prompt", own.text("prompt") or shared.text("prompt")),
     )
     given = tuple(field for field in fields if field.value not in (None, ""))
-    yield AgentStep(agent_id, given, "; ".join(why), adapted=is_renamed)
+    yield AgentStep(agent_id, given, "; ".join(why), adapted=is_renamed or hours.guessed)
+    yield from own_hours.left_out(_NO_SUCH_SETTING)
     yield from own.left_out(_NO_SUCH_SETTING, _HEARTBEAT_REASONS)
     yield from entry.left_out(_AGENTS_OWN)
 

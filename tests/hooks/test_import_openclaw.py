@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from copy import deepcopy
-from datetime import timedelta
+from datetime import time, timedelta
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -127,6 +127,8 @@ def test_the_example_is_stored_whole() -> None:
     ops, archive = Agent.objects.get(pk="ops"), Agent.objects.get(pk="archive")
     assert (ops.name, ops.runner, ops.heartbeat_every) == ("Operations", "none", timedelta(hours=1))
     assert ops.heartbeat_prompt.startswith("Look at the alerts above.")
+    assert (ops.active_from, ops.active_until) == (time(8), time(0))
+    assert ops.time_zone == "Europe/Berlin"
     assert archive.heartbeat_every == timedelta(0)
     policy = HookPolicy.ensure()
     assert (policy.base_path, policy.max_body_bytes) == ("/incoming", 16 * 1024 * 1024)
@@ -438,6 +440,131 @@ def test_an_agents_own_prompt_goes_before_the_one_for_all(take: Import) -> None:
     take(agents={"list": listed, "defaults": {"heartbeat": {"prompt": "Ours."}}})
     prompts = Agent.objects.order_by("pk").values_list("heartbeat_prompt", flat=True)
     assert list(prompts) == ["Ours.", "Mine."]
+
+
+def hours_of(agents: dict[str, Any], environment: dict[str, str] | None = None) -> list[Any]:
+    """Return the fields about hours of the first agent that a file's `agents` asks for."""
+    steps = read({"agents": agents}, environment or {})
+    first = next(step for step in steps if isinstance(step, AgentStep))
+    values = {field.name: field.value for field in first.fields}
+    return [values.get(name) for name in ("active_from", "active_until", "time_zone")]
+
+
+def one_agent(hours: Any, **defaults: Any) -> dict[str, Any]:
+    return {
+        "list": [{"id": "main", "heartbeat": {"activeHours": hours}}],
+        "defaults": defaults,
+    }
+
+
+NOTHING_SAID = [None, None, None]
+
+
+@pytest.mark.parametrize(
+    ("hours", "expected"),
+    [
+        ({"start": "08:00", "end": "22:30"}, [time(8), time(22, 30), "UTC"]),
+        ({"start": "22:00", "end": "06:00"}, [time(22), time(6), "UTC"]),
+        ({"start": "08:00", "end": "24:00"}, [time(8), time(0), "UTC"]),
+        ({"start": "00:00", "end": "24:00"}, NOTHING_SAID),
+        ({"start": "24:00", "end": "08:00"}, NOTHING_SAID),
+        ({"start": "8", "end": "22:00"}, NOTHING_SAID),
+        ({"start": "08:00", "end": "24:01"}, NOTHING_SAID),
+        ({"start": 8, "end": 22}, NOTHING_SAID),
+        ({"start": "08:00"}, NOTHING_SAID),
+        ({"timezone": "Europe/Berlin"}, NOTHING_SAID),
+        ({}, NOTHING_SAID),
+        (None, NOTHING_SAID),
+    ],
+)
+def test_active_hours_are_times_of_day(hours: Any, expected: list[Any]) -> None:
+    assert hours_of(one_agent(hours)) == expected
+
+
+@pytest.mark.parametrize(
+    ("written", "user", "machine", "expected", "outcome"),
+    [
+        ("America/New_York", "Europe/Berlin", "", "America/New_York", "taken"),
+        ("user", "Europe/Berlin", "Asia/Tokyo", "Europe/Berlin", "taken"),
+        (None, "Europe/Berlin", "Asia/Tokyo", "Europe/Berlin", "taken"),
+        ("local", "Europe/Berlin", ":Asia/Tokyo", "Asia/Tokyo", "changed"),
+        ("local", "Europe/Berlin", "", "UTC", "changed"),
+        (None, None, "CET-1CEST", "UTC", "changed"),
+        ("Mars/Olympus", "Europe/Berlin", "", "Europe/Berlin", "taken"),
+        (None, "Mars/Olympus", "", "UTC", "changed"),
+    ],
+)
+def test_the_time_zone_of_active_hours_is_found_as_openclaw_finds_it(
+    written: str | None,
+    user: str | None,
+    machine: str,
+    expected: str,
+    outcome: str,
+    take: Import,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("TZ", machine)
+    hours = {"start": "08:00", "end": "22:00", "timezone": written}
+    lines = take(agents=one_agent(hours, userTimezone=user))
+    assert Agent.objects.get(pk="main").time_zone == expected
+    assert lines["agent main"][0] == outcome
+    if expected != written:
+        assert f"active hours in {expected}" in lines["agent main"][1]
+    faults = [what for what, (_, why) in lines.items() if why == "no such time zone"]
+    assert faults == [
+        what
+        for what, name in (
+            ("agent main: heartbeat.activeHours.timezone", written),
+            ("agents.defaults.userTimezone", user),
+        )
+        if name == "Mars/Olympus"
+    ]
+
+
+def test_hours_that_are_none_are_left_out_with_the_reason(take: Import) -> None:
+    lines = take(agents=one_agent({"start": "late", "end": "24:00", "days": ["mon"]}))
+    assert "a time of day such as 08:00" in lines["agent main: heartbeat.activeHours.start"][1]
+    assert lines["agent main: heartbeat.activeHours.days"][0] == "left out"
+    assert Agent.objects.get(pk="main").active_until is None
+
+
+def test_hours_that_never_come_turn_the_schedule_off(take: Import) -> None:
+    lines = take(agents=one_agent({"start": "08:00", "end": "08:00"}))
+    assert Agent.objects.get(pk="main").heartbeat_every == timedelta(0)
+    assert "begin and end at the same time" in lines["agent main"][1]
+
+
+def test_an_agents_own_hours_go_before_those_for_all(take: Import) -> None:
+    ours = {"start": "08:00", "end": "22:00", "timezone": "Europe/Berlin"}
+    mine = {"start": "10:00", "end": "11:00", "timezone": "Asia/Tokyo"}
+    listed = [
+        {"id": "main", "heartbeat": {}},
+        {"id": "ops", "heartbeat": {"activeHours": mine, "timeoutSeconds": 45}},
+    ]
+    heartbeat = {"activeHours": ours, "timeoutSeconds": 90}
+    configuration = {"list": listed, "defaults": {"heartbeat": heartbeat}}
+    take(agents=configuration)
+    fields = ("active_from", "time_zone", "timeout_seconds")
+    assert list(Agent.objects.order_by("pk").values_list(*fields)) == [
+        (time(8), "Europe/Berlin", 90),
+        (time(10), "Asia/Tokyo", 45),
+    ]
+    again = take(agents=configuration)
+    assert {again[f"agent {name}"][0] for name in ("main", "ops")} == {"unchanged"}
+
+
+def test_what_has_no_place_says_why(take: Import) -> None:
+    heartbeat = {
+        "session": "x",
+        "ackMaxChars": 10,
+        "isolatedSession": True,
+        "directPolicy": "block",
+    }
+    lines = take(agents={"list": [{"id": "main", "heartbeat": heartbeat}]})
+    for key in heartbeat:
+        outcome, why = lines[f"agent main: heartbeat.{key}"]
+        assert outcome == "left out"
+        assert why != "this gateway has no such setting"
 
 
 def test_a_duration_that_is_none_is_left_out_with_the_reason(take: Import) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime, time, timedelta
 from typing import Any
 
 import pytest
@@ -26,6 +26,7 @@ from tests.admin_browser import (
 from tests.claims import terms
 from wake import configuration, dispatch, queue, tokens
 from wake.dispatch import Mode, WakeRequest
+from wake.heartbeats.presets import find
 from wake.models import (
     Agent,
     DueReason,
@@ -446,6 +447,9 @@ def agent_form(**changes: Any) -> dict[str, Any]:
         "heartbeat_prompt": "Look.",
         "timeout_seconds": "600",
         "max_attempts": "8",
+        "time_zone": "UTC",
+        "idle_runs": "always",
+        "transcript_bytes": "65536",
         **changes,
     }
 
@@ -509,6 +513,101 @@ def test_a_new_secret_is_made_for_one_agent_at_a_time(admin_client: Client) -> N
     Agent.objects.create(id="ops", signing_secret="whsec_old")
     act(admin_client, "agent", "make_signing_secret", "ops", "main")
     assert Agent.objects.get(pk="ops").signing_secret == "whsec_old"
+
+
+def test_a_reply_url_gets_a_secret_too(admin_client: Client) -> None:
+    form = agent_form(reply_url="https://log.example/replies")
+    response = admin_client.post(reverse("admin:wake_agent_add"), form)
+    secret = Agent.objects.get(pk="ops").signing_secret
+    assert secret.startswith("whsec_")
+    assert secret in response.content.decode()
+    assert "New signing secret" in page(admin_client, "wake_agent_change", "ops")
+    assert "New signing secret" not in page(admin_client, "wake_agent_change", "main")
+
+
+def test_every_new_field_is_on_the_form(admin_client: Client) -> None:
+    form = agent_form(
+        runner="chat",
+        url="http://u:pass-word@127.0.0.1:11434/v1",
+        model="qwen3:8b",
+        key_variable="OPENAI_API_KEY",
+        transcript_bytes="1000",
+        active_from="22:30",
+        active_until="24:00",
+        time_zone="Europe/Berlin",
+        idle_runs="with-events",
+        max_parallel_runs="2",
+        max_runs_per_minute="",
+        max_self_wakes="3",
+    )
+    admin_client.post(reverse("admin:wake_agent_add"), form)
+    ops = Agent.objects.get(pk="ops")
+    assert (ops.runner, ops.model, ops.key_variable) == ("chat", "qwen3:8b", "OPENAI_API_KEY")
+    assert (ops.active_from, ops.active_until) == (time(22, 30), time(0))
+    assert (ops.time_zone, ops.idle_runs, ops.transcript_bytes) == (
+        "Europe/Berlin",
+        "with-events",
+        1000,
+    )
+    assert (ops.max_parallel_runs, ops.max_runs_per_minute, ops.max_self_wakes) == (2, None, 3)
+    shown = page(admin_client, "wake_agent_change", "ops")
+    assert 'value="22:30"' in shown
+    assert 'value="00:00"' in shown
+    in_the_list = page(admin_client, "wake_agent_changelist")
+    assert "qwen3:8b at http://127.0.0.1:11434/v1" in in_the_list
+    assert "pass-word" not in in_the_list
+
+
+@pytest.mark.parametrize(
+    ("field", "changes"),
+    [
+        ("url", {"runner": "openclaw"}),
+        ("url", {"runner": "openclaw", "url": "ftp://other.example/"}),
+        ("url", {"runner": "http", "url": "wss://other.example/"}),
+        ("url", {"runner": "chat", "url": "ws://llm/v1", "model": "m"}),
+        ("url", {"runner": "inbox", "url": "nonsense"}),
+        ("model", {"runner": "chat", "url": "http://llm/v1"}),
+        ("key_variable", {"key_variable": "SECRET_KEY"}),
+        ("transcript_bytes", {"transcript_bytes": "-1"}),
+        ("active_from", {"active_from": "25:00"}),
+        ("active_until", {"active_from": "08:00"}),
+        ("active_until", {"active_from": "08:00", "active_until": "08:00"}),
+        ("time_zone", {"time_zone": "Mars/Olympus"}),
+        ("time_zone", {"time_zone": ""}),
+        ("idle_runs", {"idle_runs": "never"}),
+        ("max_parallel_runs", {"max_parallel_runs": "0"}),
+        ("max_runs_per_minute", {"max_runs_per_minute": "1001"}),
+        ("max_self_wakes", {"max_self_wakes": "few"}),
+        ("reply_url", {"reply_url": "wss://log.example/"}),
+    ],
+)
+def test_nonsense_is_refused_on_its_own_field(
+    field: str, changes: dict[str, str], admin_client: Client
+) -> None:
+    response = admin_client.post(reverse("admin:wake_agent_add"), agent_form(**changes))
+    assert set(errors_of(response)) == {field}
+    assert not Agent.objects.filter(pk="ops").exists()
+
+
+@pytest.mark.parametrize(
+    ("agent", "shown"),
+    [
+        ({"runner": "command", "command": [*find("codex").command, "-m", "x"]}, "codex -m x"),
+        (
+            {"runner": "openclaw", "url": "wss://u:pass-word@gw.example/?token=t"},
+            "wss://gw.example/",
+        ),
+        ({"runner": "inbox", "url": "https://old.example/"}, None),
+    ],
+)
+def test_the_list_shows_what_a_runner_reaches(
+    agent: dict[str, Any], shown: str | None, admin_client: Client
+) -> None:
+    Agent.objects.create(id="ops", **agent)
+    text = page(admin_client, "wake_agent_changelist")
+    for hidden in ("pass-word", "token=t", "old.example"):
+        assert hidden not in text
+    assert shown is None or f'<span class="wake-code">{shown}</span>' in text
 
 
 @pytest.mark.parametrize(

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import shlex
-from datetime import timedelta
-from typing import Any, ClassVar
+from datetime import time, timedelta
+from typing import Any, ClassVar, Final
 
 from django import forms
+from django.conf import settings
 from django.contrib import admin, messages
 from django.contrib.admin.utils import unquote
 from django.core.exceptions import ValidationError
@@ -27,18 +28,20 @@ from wake.admin.screens import (
     code,
 )
 from wake.admin.unfold_bases import (
+    UnfoldAdminSelectWidget,
     UnfoldAdminTextInputWidget,
 )
 from wake.durations import format_duration, parse_duration
 from wake.models import (
+    RUNNERS_WITH_URL,
     Agent,
     GatewaySettings,
     RunnerKind,
 )
 from wake.presentation import counted, first_line
-from wake.redaction import without_credentials
 from wake.signing import new_signing_secret
 from wake.status import with_counts
+from wake.targets import target
 
 
 class DurationInput(forms.Field):
@@ -54,6 +57,30 @@ class DurationInput(forms.Field):
             return parse_duration(str(value))
         except ValueError as error:
             raise ValidationError(str(error)) from error
+
+
+class ClockInput(forms.TimeField):
+    """A time of day without seconds: 08:00; 24:00 is midnight."""
+
+    def prepare_value(self, value: Any) -> Any:
+        return f"{value:%H:%M}" if isinstance(value, time) else value
+
+    def to_python(self, value: Any) -> time | None:
+        if value == "24:00":
+            return time(0)
+        return super().to_python(value)
+
+
+def _shown_for(*runners: RunnerKind) -> str:
+    """Return the condition under which a field of these runners is on the form.
+
+    Who may only look has no runner to choose, and is shown all; an error is never hidden.
+    """
+    chosen = " || ".join(f"runner == '{runner.value}'" for runner in runners)
+    return f"$data.runner === undefined || {chosen} || $el.querySelector('.errorlist') !== null"
+
+
+_OF_CHAT: Final = _shown_for(RunnerKind.CHAT)
 
 
 @admin.register(Agent)
@@ -78,22 +105,50 @@ class AgentAdmin(Page):
         (None, {"fields": ("id", "name", ("enabled", "paused"))}),
         (
             "How it is reached",
-            {"fields": ("runner", "command_line", "url", "signing")},
+            {
+                "fields": (
+                    "runner",
+                    "command_line",
+                    "url",
+                    "model",
+                    "key_variable",
+                    "transcript_bytes",
+                )
+            },
         ),
         (
             "Heartbeats",
             {
                 "fields": (
                     "heartbeat_every",
+                    ("active_from", "active_until"),
+                    "time_zone",
+                    "idle_runs",
                     "heartbeat_prompt",
                     ("timeout_seconds", "max_attempts"),
                 )
             },
         ),
+        (
+            "Limits",
+            {
+                "fields": ("max_parallel_runs", "max_runs_per_minute", "max_self_wakes"),
+                "description": "What they hold back stays queued; nothing is lost.",
+            },
+        ),
+        ("Replies and signatures", {"fields": ("reply_url", "signing")}),
     )
+    conditional_fields: ClassVar = {
+        "command_line": _shown_for(RunnerKind.COMMAND),
+        "url": _shown_for(*RUNNERS_WITH_URL),
+        "model": _OF_CHAT,
+        "key_variable": _shown_for(RunnerKind.CHAT, RunnerKind.OPENCLAW),
+        "transcript_bytes": _OF_CHAT,
+    }
     readonly_fields = ("command_line", "signing")
     formfield_overrides: ClassVar[Any] = {
         models.DurationField: {"form_class": DurationInput, "widget": UnfoldAdminTextInputWidget},
+        models.TimeField: {"form_class": ClockInput, "widget": UnfoldAdminTextInputWidget},
     }
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
@@ -101,6 +156,17 @@ class AgentAdmin(Page):
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
         return (*self.readonly_fields, *(["id"] if obj else []))
+
+    def formfield_for_dbfield(
+        self, db_field: models.Field[Any, Any], request: HttpRequest, **options: Any
+    ) -> forms.Field | None:
+        field = super().formfield_for_dbfield(db_field, request, **options)
+        if field is not None and isinstance(field.label, str):
+            field.label = field.label.replace("url", "URL").replace("Url", "URL")
+        if db_field.name == "key_variable" and field is not None:
+            names = [("", "none"), *((name, name) for name in settings.AGENT_KEY_VARIABLES)]
+            field.widget = UnfoldAdminSelectWidget(choices=names)
+        return field
 
     def get_actions(self, request: HttpRequest) -> dict[str, Any]:
         # Deleting in bulk would list every session of the agents as the reason why it cannot.
@@ -110,10 +176,11 @@ class AgentAdmin(Page):
 
     def buttons_for(self, request: HttpRequest, row: Agent) -> tuple[str, ...]:
         buttons = ("resume",) if row.paused else ("pause",)
-        return (*buttons, "make_signing_secret") if row.runner == RunnerKind.HTTP else buttons
+        is_signed = row.runner == RunnerKind.HTTP or row.reply_url
+        return (*buttons, "make_signing_secret") if is_signed else buttons
 
     def save_model(self, request: HttpRequest, obj: Any, form: Any, change: bool) -> None:
-        obj.has_new_secret = obj.runner == RunnerKind.HTTP and not obj.signing_secret
+        obj.has_new_secret = obj.needs_secret
         if obj.has_new_secret:
             obj.signing_secret = new_signing_secret()
         super().save_model(request, obj, form, change)
@@ -136,7 +203,7 @@ class AgentAdmin(Page):
             agent,
             title=f"Signing secret of agent {agent.pk}",
             secret=agent.signing_secret,
-            example="Every heartbeat posted to the agent's URL is signed with it "
+            example="What is posted to the agent's URL and to its reply URL is signed with it "
             "(Standard Webhooks).",
         )
 
@@ -215,9 +282,8 @@ class AgentAdmin(Page):
 
     @admin.display(description="target")
     def target(self, row: Agent) -> str:
-        if row.runner == RunnerKind.COMMAND:
-            return code(first_line(shlex.join(row.command), 80))
-        return code(without_credentials(row.url)) if row.runner == RunnerKind.HTTP else NOTHING
+        shown = first_line(target(row), 80)
+        return format_html('<span class="wake-code">{}</span>', shown) if shown else NOTHING
 
     @admin.display(description="every", ordering="heartbeat_every")
     def every(self, row: Agent) -> str:
@@ -236,7 +302,7 @@ class AgentAdmin(Page):
         return format_html(
             '{}<p class="wake-note">Set on the command line only, so that nobody can run programs '
             "through a web page: {}</p>",
-            block(shlex.join(row.command)) if row.command else "none",
+            block(shlex.join(row.command)) if row.command else NOTHING,
             code(f"manage.py agents set {row.pk or 'ID'} --runner command -- PROGRAM ARGS…"),
         )
 
@@ -244,7 +310,10 @@ class AgentAdmin(Page):
     def signing(self, row: Agent) -> str:
         if row.signing_secret:
             return "A secret is set. It is never shown again; “New signing secret” replaces it."
-        return "None is set. One is made, and shown once, when an http agent is saved."
+        return (
+            "None is set. One is made, and shown once, when an agent is saved whose heartbeats or "
+            "replies are posted to a URL."
+        )
 
 
 @admin.register(GatewaySettings)
