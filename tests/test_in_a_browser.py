@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from playwright.sync_api import Page, expect
 
-from tests.browser import chromium, needs_chromium, sign_in, take_pictures
+from tests.browser import chromium, needs_chromium, sign_in, take_pictures, watch
 from tests.live import LiveGateway
 
 pytestmark = needs_chromium
@@ -71,6 +71,33 @@ def test_a_program_cannot_be_set_in_a_page(live_gateway: LiveGateway, page: Page
     fields = page.locator("form [name]").evaluate_all("all => all.map(one => one.name)")
     assert "runner" in fields
     assert not [name for name in fields if "command" in name]
+
+
+def test_an_agents_form_asks_what_its_runner_needs(
+    live_gateway: LiveGateway, page: Page, screenshot: Callable[[str], None]
+) -> None:
+    problems = watch(page)
+    page.goto("/admin/wake/agent/main/change/")
+    names = ("url", "model", "key_variable", "transcript_bytes")
+    for runner, asked in (
+        ("command", ()),
+        ("http", names[:1]),
+        ("inbox", ()),
+        ("openclaw", ("url", "key_variable")),
+        ("chat", names),
+    ):
+        page.locator("[name=runner]").select_option(runner)
+        for name in names:
+            expect(page.locator(f"[name={name}]")).to_be_visible(visible=name in asked)
+        command = page.get_by_text("Set on the command line only")
+        expect(command).to_be_visible(visible=runner == "command")
+    screenshot("agent")
+    # What is wrong is shown, even where the runner does not ask for it.
+    page.locator("[name=url]").fill("nonsense")
+    page.locator("[name=runner]").select_option("inbox")
+    page.get_by_role("button", name="Save", exact=True).click()
+    expect(page.get_by_text("Enter a URL such as")).to_be_visible()
+    assert problems == []
 
 
 def test_a_github_hook_from_the_preset_to_a_replay(
