@@ -24,6 +24,7 @@ from django.utils import timezone
 
 from wake.errors import AgentError
 from wake.models import Agent, AgentReach, GatewaySettings, IdleRuns, RunnerKind
+from wake.schedule import Schedule
 from wake.session_keys import Scope, SessionKey, main_session_key
 from wake.threads import on_kept_connection
 
@@ -231,6 +232,11 @@ class AgentConfiguration:
     def runs(self) -> bool:
         """Whether due heartbeats of this agent may run; otherwise its events wait."""
         return self.enabled and not self.paused and self.runner != RunnerKind.NONE
+
+    @property
+    def schedule(self) -> Schedule:
+        """When its main session has a heartbeat by itself."""
+        return Schedule(self.heartbeat_every, self.active_from, self.active_until, self.time_zone)
 
 
 @dataclass(frozen=True, slots=True)

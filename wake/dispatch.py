@@ -171,7 +171,7 @@ def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) ->
     due = at_once
     if request.mode == Mode.NEXT_HEARTBEAT and session == main_session:
         # Any other session is due at once: no schedule ever visits it.
-        scheduled = schedule.next_due(agent, snapshot.agents[agent].heartbeat_every, now)
+        scheduled = schedule.next_due(agent, snapshot.agents[agent].schedule, now)
         if scheduled:
             due = queue.Due(scheduled, DueReason.SCHEDULE)
     return queue.Entry(

@@ -12,8 +12,8 @@ from django.utils import timezone
 
 from hooks.models import HookMapping
 from tests.hooks.conftest import Send, allow_keys
-from wake import schedule
 from wake.models import Agent, DueReason, GatewaySettings, Session, SystemEvent
+from wake.schedule import Schedule, next_due
 
 Door = Callable[..., HttpResponse]
 
@@ -53,8 +53,8 @@ def due() -> dict[str, str]:
         assert session.due_at
         assert session.due_at <= now
     for session in Session.objects.filter(due_reason=DueReason.SCHEDULE):
-        every = session.agent.heartbeat_every
-        assert session.due_at == schedule.next_due(session.agent_id, every, now)
+        every = Schedule(session.agent.heartbeat_every)
+        assert session.due_at == next_due(session.agent_id, every, now)
     return {session.key: session.due_reason for session in Session.objects.exclude(due_at=None)}
 
 

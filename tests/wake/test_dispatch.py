@@ -37,7 +37,7 @@ from wake.errors import (
     TextError,
 )
 from wake.models import Agent, DueReason, GatewaySettings, Heartbeat, Session, SystemEvent
-from wake.schedule import next_due
+from wake.schedule import Schedule, next_due
 
 NOW = datetime(2026, 11, 22, 12, 0, 7, tzinfo=UTC)
 AGENTS: Mapping[str, AgentConfiguration] = MappingProxyType(
@@ -48,7 +48,8 @@ AGENTS: Mapping[str, AgentConfiguration] = MappingProxyType(
     }
 )
 SNAPSHOT = GatewayConfiguration(AGENTS)
-SCHEDULED = queue.Due(next_due("main", timedelta(minutes=30), NOW) or NOW, DueReason.SCHEDULE)
+SCHEDULE = Schedule(timedelta(minutes=30))
+SCHEDULED = queue.Due(next_due("main", SCHEDULE, NOW) or NOW, DueReason.SCHEDULE)
 AT_ONCE = queue.Due(NOW, DueReason.WAKE)
 
 

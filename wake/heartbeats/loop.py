@@ -363,7 +363,7 @@ class HeartbeatLoop:
         agent = snapshot.agents.get(claim.session.agent_id)
         if agent is None or claim.session != snapshot.main_session(agent.id):
             return None
-        return schedule.next_due(agent.id, agent.heartbeat_every, now)
+        return schedule.next_due(agent.id, agent.schedule, now)
 
     # --- Upkeep ---------------------------------------------------------------------------------
 
@@ -463,7 +463,7 @@ def _schedules(snapshot: GatewayConfiguration, now: datetime) -> dict[SessionKey
     """Return every agent's main session, with its next scheduled heartbeat or None. Pure."""
     return {
         snapshot.main_session(agent.id): (
-            schedule.next_due(agent.id, agent.heartbeat_every, now) if agent.enabled else None
+            schedule.next_due(agent.id, agent.schedule, now) if agent.enabled else None
         )
         for agent in snapshot.agents.values()
     }
