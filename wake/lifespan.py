@@ -1,7 +1,7 @@
 """What runs beside the server in its process, started and stopped with it (ASGI lifespan).
 
-That is the thread that keeps the configuration fresh, the one that tidies up, and the heartbeat
-loop.
+That is the thread that keeps the configuration fresh, the one that tidies up, and what runs
+heartbeats.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from django.db import DatabaseError
 
 from wake import configuration, metrics, upkeep
 from wake.heartbeats import pulse
-from wake.heartbeats.loop import HeartbeatLoop
+from wake.heartbeats.worker import Worker
 
 # Set to 0 by `manage.py gateway --no-heartbeats`, for every worker process it starts.
 HEARTBEATS_VARIABLE: Final = "OPENCLAW_HEARTBEATS"
@@ -33,7 +33,7 @@ class Lifespan:
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
-        heartbeats: HeartbeatLoop | None = None
+        heartbeats: Worker | None = None
         serving: asyncio.Task[None] | None = None
         beside = contextlib.ExitStack()
         while True:
@@ -43,7 +43,7 @@ class Lifespan:
                 beside.callback(_write_noted)
                 beside.enter_context(upkeep.keep_up())
                 if os.environ.get(HEARTBEATS_VARIABLE, "1") != "0":
-                    heartbeats = HeartbeatLoop()
+                    heartbeats = Worker()
                     pulse.expect(True)
                     serving = asyncio.create_task(heartbeats.run())
                 await send({"type": "lifespan.startup.complete"})

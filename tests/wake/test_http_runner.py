@@ -6,9 +6,8 @@ import asyncio
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -18,6 +17,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from standardwebhooks import Webhook, WebhookVerificationError
 
+from tests.wake.agent_server import AgentServer, agent_server, says
 from tests.wake.turns import EVENT, RUN_ID, http_turn
 from wake.heartbeats.runners import MAX_REPLY_BYTES, Delivered, Failed, Outcome
 from wake.heartbeats.runners.http import MAX_BODY_BYTES, HttpRunner, reply_in
@@ -28,65 +28,10 @@ NOW = datetime(2026, 11, 22, 12, tzinfo=UTC)
 SECRET = new_signing_secret()
 
 
-@dataclass
-class Received:
-    """One request as the agent saw it; header names in lower case."""
-
-    path: str
-    headers: dict[str, str]
-    body: bytes
-
-
-Answer = Callable[[BaseHTTPRequestHandler], None]
-
-
-@dataclass
-class AgentServer:
-    """An agent that answers what a test tells it to."""
-
-    url: str
-    answer: Answer
-    requests: list[Received] = field(default_factory=list)
-    disconnected: threading.Event = field(default_factory=threading.Event)
-
-
-def says(status: int, body: bytes = b"", **headers: str) -> Answer:
-    """Answer with this status, body and headers (`retry_after` is Retry-After)."""
-
-    def answer(request: BaseHTTPRequestHandler) -> None:
-        request.send_response(status)
-        for name, value in headers.items():
-            request.send_header(name.replace("_", "-"), value)
-        request.send_header("Content-Length", str(len(body)))
-        request.end_headers()
-        request.wfile.write(body)
-
-    return answer
-
-
 @pytest.fixture
 def server() -> Iterator[AgentServer]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def do_POST(self) -> None:
-            body = self.rfile.read(int(self.headers["content-length"]))
-            headers = {name.lower(): value for name, value in self.headers.items()}
-            agent.requests.append(Received(self.path, headers, body))
-            agent.answer(self)
-
-        def log_message(self, *_: object) -> None:
-            """Nothing."""
-
-    class Listening(ThreadingHTTPServer):
-        request_queue_size = 128
-
-    with Listening(("127.0.0.1", 0), Handler) as listening:
-        agent = AgentServer(f"http://127.0.0.1:{listening.server_port}/turns", says(200))
-        serving = threading.Thread(target=listening.serve_forever, args=(0.01,), daemon=True)
-        serving.start()
-        yield agent
-        listening.shutdown()
+    with agent_server("/turns") as serving:
+        yield serving
 
 
 async def post(url: str, secret: str = SECRET, prompt: str = "the prompt") -> Outcome:

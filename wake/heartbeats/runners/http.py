@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from datetime import UTC
 from typing import Any, Final
+from uuid import UUID
 
 import httpx
 import msgspec
@@ -43,30 +44,10 @@ class HttpRunner(Runner):
 
     async def run(self, turn: Turn) -> Outcome:
         """Post the turn and return what the answer means."""
-        shown_url = without_credentials(turn.agent.url)
-        body = request_body(turn)
-        try:
-            signature = signature_headers(
-                turn.agent.signing_secret, str(turn.run_id), body, timezone.now()
-            )
-        except ValueError:
-            return Failed(
-                f"nothing was sent to {shown_url}: the agent has no usable signing secret; "
-                f"set one with manage.py agents set {turn.agent.id} --secret whsec_…"
-            )
-        headers = {"content-type": "application/json", **signature}
-        try:
-            async with self._client().stream(
-                "POST", turn.agent.url, content=body, headers=headers
-            ) as response:
-                limit = MAX_BODY_BYTES if response.is_success else MAX_SHOWN_BODY_BYTES
-                answer, is_whole = await read_bounded(response.aiter_raw(), limit)
-                return _outcome(response, shown_url, answer, is_whole)
-        except httpx.InvalidURL:  # its message quotes the URL
-            return Failed(f"could not reach {shown_url}: the URL is not valid")
-        except httpx.HTTPError as error:
-            reason = one_line(str(error)) or "no answer"
-            return Failed(f"could not reach {shown_url}: {type(error).__name__}: {reason}")
+        url, secret = turn.agent.url, turn.agent.signing_secret
+        return await post_signed(
+            self._client(), url, secret, turn.agent.id, turn.run_id, request_body(turn)
+        )
 
     async def close(self) -> None:
         """Close the connections."""
@@ -104,7 +85,34 @@ def request_body(turn: Turn) -> bytes:
     )
 
 
-def _outcome(response: httpx.Response, shown_url: str, answer: bytes, is_whole: bool) -> Outcome:
+async def post_signed(
+    client: httpx.AsyncClient, url: str, secret: str, agent_id: str, run_id: UUID, body: bytes
+) -> Delivered | Failed:
+    """Post a body in JSON, signed with the agent's secret, and return what the answer means."""
+    shown_url = without_credentials(url)
+    try:
+        signature = signature_headers(secret, str(run_id), body, timezone.now())
+    except ValueError:
+        return Failed(
+            f"nothing was sent to {shown_url}: the agent has no usable signing secret; "
+            f"set one with manage.py agents set {agent_id} --secret whsec_…"
+        )
+    headers = {"content-type": "application/json", **signature}
+    try:
+        async with client.stream("POST", url, content=body, headers=headers) as response:
+            limit = MAX_BODY_BYTES if response.is_success else MAX_SHOWN_BODY_BYTES
+            answer, is_whole = await read_bounded(response.aiter_raw(), limit)
+            return _outcome(response, shown_url, answer, is_whole)
+    except httpx.InvalidURL:  # its message quotes the URL
+        return Failed(f"could not reach {shown_url}: the URL is not valid")
+    except httpx.HTTPError as error:
+        reason = one_line(str(error)) or "no answer"
+        return Failed(f"could not reach {shown_url}: {type(error).__name__}: {reason}")
+
+
+def _outcome(
+    response: httpx.Response, shown_url: str, answer: bytes, is_whole: bool
+) -> Delivered | Failed:
     if response.is_success:
         return Delivered(reply_in(answer) if is_whole else "")
     status = response.status_code

@@ -10,7 +10,7 @@ from django.core.management.base import BaseCommand, CommandError
 from django.db import DatabaseError, connection
 
 from wake import status
-from wake.heartbeats.loop import HeartbeatLoop
+from wake.heartbeats.worker import Worker
 from wake.limits import raise_open_files_limit
 
 STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
@@ -32,7 +32,7 @@ class Command(BaseCommand):
     async def _serve(self) -> None:
         """Serve until the first signal. The second one cancels what is still being ended."""
         loop = asyncio.get_running_loop()
-        heartbeats = HeartbeatLoop()
+        heartbeats = Worker()
         serving = asyncio.current_task()
         assert serving is not None  # noqa: S101 - this is a coroutine
 
