@@ -17,6 +17,7 @@ GROUPS: Final[tuple[tuple[str, tuple[tuple[str, ...], ...]], ...]] = (
             ("Sessions", "forum", "wake", "session"),
             ("Events", "bolt", "wake", "systemevent"),
             ("Heartbeats", "ecg_heart", "wake", "heartbeat"),
+            ("Reply posts", "outbox", "wake", "replypost"),
         ),
     ),
     (

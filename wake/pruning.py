@@ -21,6 +21,8 @@ from wake.models import (
     EventState,
     GatewaySettings,
     Heartbeat,
+    ReplyPost,
+    ReplyState,
     Session,
     SystemEvent,
 )
@@ -47,8 +49,8 @@ def kinds(now: datetime, days: int | None = None) -> Iterator[Kind]:
 
     1. Events that are settled, once the note about a turn is written. Queued events and dead
        letters stay, however old.
-    2. Heartbeats that have ended, except those that an event still points to: a dead letter keeps
-       its error.
+    2. Heartbeats that have ended, with what is kept of the posting of their replies, except those
+       that an event still points to (a dead letter keeps its error) or whose reply is on its way.
     3. Sessions that are left without any event or heartbeat, and have nothing due.
     """
     before = now - timedelta(days=days or GatewaySettings.ensure().keep_settled_days)
@@ -70,6 +72,7 @@ def _settled_events(before: datetime, now: datetime) -> QuerySet[SystemEvent]:
 def _ended_heartbeats(before: datetime, now: datetime) -> QuerySet[Heartbeat]:
     ended = Heartbeat.objects.filter(
         ~Exists(SystemEvent.objects.filter(heartbeat=OuterRef("pk"))),
+        ~Exists(ReplyPost.objects.filter(pk=OuterRef("pk"), state=ReplyState.PENDING)),
         finished_at__lt=before,
     )
     return made_before(ended, "started_at", before, now)

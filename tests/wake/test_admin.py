@@ -37,6 +37,8 @@ from wake.models import (
     HeartbeatStatus,
     OperatorScope,
     PresenceEntry,
+    ReplyPost,
+    ReplyState,
     RunnerKind,
     Session,
     SystemEvent,
@@ -102,6 +104,19 @@ def deliver(*agents: str, reply: str = "done", prompt: str = "do it") -> None:
     )
 
 
+def fail_to_post(error: str) -> ReplyPost:
+    """Let the posting of the newest run's reply have failed."""
+    now = timezone.now()
+    return ReplyPost.objects.create(
+        heartbeat=Heartbeat.objects.latest("pk"),
+        state=ReplyState.FAILED,
+        attempts=8,
+        error=error,
+        created_at=now,
+        settled_at=now,
+    )
+
+
 def give_main_a_runner() -> None:
     agent = Agent.objects.get(pk="main")
     agent.runner, agent.command = RunnerKind.COMMAND, ["/bin/cat"]
@@ -116,6 +131,7 @@ def one_of_each() -> None:
     """A row of every model, with hostile text wherever text can come from outside."""
     wake(HOSTILE, f"chat:{HOSTILE.replace(' ', '')}", source=f"hook:{HOSTILE}", external=True)
     deliver(reply=HOSTILE, prompt=HOSTILE)
+    fail_to_post(HOSTILE)
     wake(HOSTILE, "chat:2", source=HOSTILE)
     fail(error=HOSTILE, permanent=True)
     wake(HOSTILE, "chat:3")
@@ -149,7 +165,7 @@ def test_every_model_has_a_list_and_pages_on_which_hostile_text_is_only_text(
         texts += [page(client, f"{name}_change", row.pk) for row in model._default_manager.all()]
         for text in texts:
             assert "<script>alert" not in text
-    if model in (Session, SystemEvent, Heartbeat, PresenceEntry):
+    if model in (Session, SystemEvent, Heartbeat, ReplyPost, PresenceEntry):
         assert all(ESCAPED in text for text in texts)
 
 
@@ -184,7 +200,7 @@ def test_only_staff_come_in(client: Client) -> None:
 # --- What nobody can do -------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("model", [Session, SystemEvent, Heartbeat, PresenceEntry])
+@pytest.mark.parametrize("model", [Session, SystemEvent, Heartbeat, ReplyPost, PresenceEntry])
 def test_the_queue_is_read_only_even_for_a_superuser(
     model: Any, admin_client: Client, one_of_each: None
 ) -> None:
@@ -207,6 +223,7 @@ def test_the_queue_is_read_only_even_for_a_superuser(
         ("session", "wake"),
         ("systemevent", "requeue"),
         ("systemevent", "discard"),
+        ("replypost", "send_again"),
         ("agent", "pause"),
         ("agent", "resume"),
         ("agent", "make_signing_secret"),
@@ -431,6 +448,55 @@ def test_a_heartbeats_page_has_prompt_reply_and_the_events_it_settled(
     listed = page(admin_client, "wake_heartbeat_changelist", query=f"?q={run.run_id}")
     assert "line one" in listed
     assert "line two" not in listed
+
+
+# --- Reply posts --------------------------------------------------------------------------------
+
+
+def test_replies_that_failed_are_sent_again_and_others_left_alone(admin_client: Client) -> None:
+    wake()
+    deliver()
+    failed = fail_to_post("no answer within 30 s")
+    wake(key="chat:2")
+    deliver()
+    sent = fail_to_post("")
+    ReplyPost.objects.filter(pk=sent.pk).update(state=ReplyState.SENT)
+    assert 'value="send_again"' in page(admin_client, "wake_replypost_change", failed.pk)
+    assert "no answer within 30 s" in page(admin_client, "wake_replypost_change", failed.pk)
+    assert 'name="stay"' not in page(admin_client, "wake_replypost_change", sent.pk)
+
+    response = act(admin_client, "replypost", "send_again", failed.pk, sent.pk)
+    assert said(response) == [
+        "1 reply will be sent again.",
+        "1 reply had not failed and was left as is.",
+    ]
+    failed.refresh_from_db()
+    assert (failed.state, failed.attempts) == (ReplyState.PENDING, 0)
+    assert failed.due_at
+    assert failed.due_at <= timezone.now()
+    sent.refresh_from_db()
+    assert sent.state == ReplyState.SENT
+
+
+def test_the_list_of_reply_posts_finds_a_run(admin_client: Client) -> None:
+    for key in ("chat:1", "chat:2"):
+        wake(key=key)
+        deliver()
+        post = fail_to_post("")
+    found = reverse("admin:wake_replypost_changelist")
+    for searched in (str(post.heartbeat.run_id), "chat:2"):
+        response = admin_client.get(found, {"q": searched})
+        assert [row.pk for row in response.context["cl"].result_list] == [post.pk]
+
+
+def test_a_heartbeats_page_says_what_came_of_posting_its_reply(admin_client: Client) -> None:
+    wake()
+    deliver()
+    run = Heartbeat.objects.latest("pk")
+    address = reverse("admin:wake_replypost_change", args=[run.pk])
+    assert address not in page(admin_client, "wake_heartbeat_change", run.pk)
+    fail_to_post("")
+    assert address in page(admin_client, "wake_heartbeat_change", run.pk)
 
 
 # --- Agents -------------------------------------------------------------------------------------

@@ -12,6 +12,7 @@ from django.http import HttpRequest
 from django.utils.html import format_html
 
 from wake.admin.screens import (
+    NOTHING,
     PREVIEW_CHARACTERS,
     ReadOnlyPage,
     SinceFilter,
@@ -26,9 +27,11 @@ from wake.admin.tables import (
     events_table,
     heartbeat_badge,
     heartbeat_duration,
+    reply_badge,
 )
 from wake.models import (
     Heartbeat,
+    ReplyPost,
     SystemEvent,
 )
 from wake.presentation import exact
@@ -61,7 +64,10 @@ class HeartbeatAdmin(ReadOnlyPage):
     ordering = ("-started_at", "-pk")
     list_select_related = ("session",)
     fieldsets = (
-        (None, {"fields": ("status_label", "full_error", "full_reply", "full_prompt")}),
+        (
+            None,
+            {"fields": ("status_label", "full_error", "full_reply", "posted", "full_prompt")},
+        ),
         (
             "Facts",
             {
@@ -78,6 +84,7 @@ class HeartbeatAdmin(ReadOnlyPage):
         "status_label",
         "full_error",
         "full_reply",
+        "posted",
         "full_prompt",
         "session_link",
         "run",
@@ -144,6 +151,11 @@ class HeartbeatAdmin(ReadOnlyPage):
     @admin.display(description="reply")
     def full_reply(self, row: Heartbeat) -> str:
         return block(row.reply)
+
+    @admin.display(description="reply post")
+    def posted(self, row: Heartbeat) -> str:
+        post = ReplyPost.objects.filter(heartbeat=row).first()
+        return link(post, reply_badge(post)) if post else NOTHING
 
     @admin.display(description="prompt")
     def full_prompt(self, row: Heartbeat) -> str:

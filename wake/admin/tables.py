@@ -21,6 +21,8 @@ from wake.models import (
     EventState,
     Heartbeat,
     HeartbeatStatus,
+    ReplyPost,
+    ReplyState,
     SystemEvent,
 )
 from wake.presentation import first_line, run_time
@@ -49,6 +51,11 @@ HEARTBEAT_COLOURS: dict[HeartbeatStatus, Colour] = {
     HeartbeatStatus.LOST: "danger",
     HeartbeatStatus.RELEASED: "warning",
 }
+REPLY_COLOURS: dict[ReplyState, Colour] = {
+    ReplyState.PENDING: "info",
+    ReplyState.SENT: "success",
+    ReplyState.FAILED: "danger",
+}
 
 
 def event_badge(event: SystemEvent) -> str:
@@ -61,6 +68,12 @@ def heartbeat_badge(heartbeat: Heartbeat) -> str:
     """Return a heartbeat's status as a label; what the word means is its title."""
     status = HeartbeatStatus(heartbeat.status)
     return badge(status.value, HEARTBEAT_COLOURS[status], status.label)
+
+
+def reply_badge(post: ReplyPost) -> str:
+    """Return the state of a reply's posting as a label."""
+    state = ReplyState(post.state)
+    return badge(state.label, REPLY_COLOURS[state])
 
 
 def heartbeat_duration(heartbeat: Heartbeat) -> str:
