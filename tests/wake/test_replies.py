@@ -22,13 +22,16 @@ import pytest
 from asgiref.sync import sync_to_async
 from django.conf import settings
 from django.db import IntegrityError, connection, transaction
+from django.utils import timezone
 from standardwebhooks import Webhook, WebhookVerificationError
 from uuid_utils.compat import uuid7
 
 from tests.live import ROOT
 from tests.wake.agent_server import AgentServer, Answer, agent_server, says
 from wake import doorbell, pruning
+from wake.dispatch import WakeRequest, dispatch
 from wake.heartbeats import replies
+from wake.heartbeats.loop import HeartbeatLoop
 from wake.heartbeats.replies import LEASE, POSTS_AT_ONCE, ReplyPoster, queue_reply, send_again
 from wake.models import (
     Agent,
@@ -102,7 +105,7 @@ def said(reply: str = "All is well.", *, now: datetime = NOON, events: int = 1) 
     return run
 
 
-async def post_due(clock: Clock) -> int:
+async def post_due(clock: Callable[[], datetime]) -> int:
     """Make all attempts that are due; return how many there were."""
     poster = ReplyPoster(clock=clock)
     try:
@@ -319,6 +322,26 @@ async def test_a_reply_is_queued_with_its_run_or_not_at_all(receiver: AgentServe
     with pytest.raises(IntegrityError):
         await sync_to_async(twice)()
     assert await ReplyPost.objects.acount() == await Heartbeat.objects.acount() == 0
+
+
+@pytest.mark.parametrize(
+    ("reply", "is_posted"), [("All is well.", True), ("HEARTBEAT_OK", False), (" \n", False)]
+)
+async def test_what_an_agent_says_is_posted_unless_it_says_nothing(
+    receiver: AgentServer, reply: str, is_posted: bool
+) -> None:
+    command = ["/bin/sh", "-c", 'cat > /dev/null; printf %s "$0"', reply]
+    await sync_to_async(set_agent)(runner="command", command=command)
+    receipt = await sync_to_async(dispatch)(WakeRequest("an event", "cli", session_key="x"))
+    loop = HeartbeatLoop()
+    await loop.run_once()
+    await loop.close()
+    await post_due(timezone.now)
+    assert [
+        (body["reply"], body["events"])
+        for body in (json.loads(request.body) for request in receiver.requests)
+        if body["sessionKey"] == "agent:main:x"
+    ] == [(reply, [str(receipt.event_id)])] * is_posted
 
 
 async def test_the_doorbell_is_heard_and_few_are_posted_at_once(

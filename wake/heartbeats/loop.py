@@ -23,13 +23,13 @@ from datetime import datetime, timedelta
 from typing import Final, ParamSpec, TypeVar
 
 from django.conf import settings
-from django.db import DatabaseError, connections
+from django.db import DatabaseError, connections, transaction
 from django.utils import timezone
 
 from wake import configuration, doorbell, queue, schedule
 from wake.configuration import AgentConfiguration, GatewayConfiguration
 from wake.errors import LeaseLost, QueueFull
-from wake.heartbeats import pulse, reaches, transcripts, turns
+from wake.heartbeats import pulse, reaches, replies, transcripts, turns
 from wake.heartbeats.prompt import build_prompt, is_quiet
 from wake.heartbeats.runners import (
     Delivered,
@@ -325,14 +325,17 @@ class HeartbeatLoop:
                 queue.lose(claim, error, now=now, max_attempts=limit)
             case Delivered(reply):
                 status = HeartbeatStatus.QUIET if is_quiet(reply) else HeartbeatStatus.DELIVERED
-                queue.settle(
-                    claim,
-                    status,
-                    now=now,
-                    prompt=turn.prompt,
-                    reply=reply,
-                    next_scheduled=self._next_scheduled(claim, now),
-                )
+                with transaction.atomic():
+                    queue.settle(
+                        claim,
+                        status,
+                        now=now,
+                        prompt=turn.prompt,
+                        reply=reply,
+                        next_scheduled=self._next_scheduled(claim, now),
+                    )
+                    if turn.agent.reply_url and reply.strip() and status != HeartbeatStatus.QUIET:
+                        replies.queue_reply(claim.run_id, now=now)
             case Failed():
                 queue.fail(
                     claim,
