@@ -62,7 +62,6 @@ class HeartbeatAdmin(ReadOnlyPage):
     search_fields = ("session__key",)
     search_help_text = "Part of a session key, a whole run id, or the id of an event it settled"
     ordering = ("-started_at", "-pk")
-    list_select_related = ("session",)
     fieldsets = (
         (
             None,
@@ -96,7 +95,8 @@ class HeartbeatAdmin(ReadOnlyPage):
     )
 
     def get_queryset(self, request: HttpRequest) -> QuerySet[Any]:
-        runs = super().get_queryset(request).defer("prompt", "reply", "error")
+        runs = super().get_queryset(request).select_related("session", "reply_post")
+        runs = runs.defer("prompt", "reply", "error", "reply_post__error")
         shortened: QuerySet[Any] = runs.annotate(
             said=Left("reply", PREVIEW_CHARACTERS), failed=Left("error", PREVIEW_CHARACTERS)
         )
@@ -154,7 +154,7 @@ class HeartbeatAdmin(ReadOnlyPage):
 
     @admin.display(description="reply post")
     def posted(self, row: Heartbeat) -> str:
-        post = ReplyPost.objects.filter(heartbeat=row).first()
+        post: ReplyPost | None = getattr(row, "reply_post", None)
         return link(post, reply_badge(post)) if post else NOTHING
 
     @admin.display(description="prompt")
