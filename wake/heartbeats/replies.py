@@ -281,7 +281,10 @@ class ReplyPoster:
         self._sending.discard(sending)
         outcome = Returned() if sending.cancelled() else sending.result()
         word = {Delivered: "taken", Failed: "failed", Returned: "given back"}[type(outcome)]
-        logger.info("replies: run %s, attempt %d: %s", attempt.run_id, attempt.number, word)
+        run_id, ids = attempt.run_id, _ids(attempt)
+        logger.info("replies: run %s, attempt %d: %s", run_id, attempt.number, word, extra=ids)
+        if isinstance(outcome, Failed):  # its text may quote what the receiver answered
+            logger.debug("replies: run %s: %s", run_id, outcome.error, extra=ids)
         while True:
             try:
                 ended = await self._in_database(end_attempt, attempt, outcome, now=self._clock())
@@ -290,10 +293,12 @@ class ReplyPoster:
                 if not is_late and time.monotonic() < self._give_up_at:
                     await asyncio.sleep(DATABASE_RETRY_SECONDS)
                     continue
-                logger.warning("replies: run %s is left to its lease: %s", attempt.run_id, error)
+                left = "replies: run %s is left to its lease: %s"
+                logger.warning(left, run_id, error, extra=ids)
             else:
                 if not ended:
-                    logger.warning("replies: run %s: a lost lease's outcome", attempt.run_id)
+                    refused = "replies: run %s lost its lease; its outcome was refused"
+                    logger.warning(refused, run_id, extra=ids)
             return
 
     async def _send(self, attempt: Attempt) -> Delivered | Failed:
@@ -319,9 +324,15 @@ class ReplyPoster:
         except TimeoutError:
             return Failed(f"no answer within {TIME_LIMIT_SECONDS:g} s")
         except Exception as error:
-            logger.exception("replies: run %s: defect in posting its reply", attempt.run_id)
+            defect = "replies: run %s: defect in posting its reply"
+            logger.exception(defect, attempt.run_id, extra=_ids(attempt))
             return Failed(f"it could not be posted: {type(error).__name__}")
 
     async def _in_database(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `step` on the poster's database thread."""
         return await call_in(self._database, step, *args, **kwargs)
+
+
+def _ids(attempt: Attempt) -> dict[str, str]:
+    """Return what a log line about an attempt carries beside its text."""
+    return {"run_id": str(attempt.run_id), "agent_id": attempt.agent_id}
