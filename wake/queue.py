@@ -923,7 +923,7 @@ def keep_schedules(schedules: Mapping[SessionKey, datetime | None], *, now: date
     changed = [
         key
         for key in schedules.keys() | known.keys()
-        if _is_off_schedule(known.get(key), schedules.get(key))
+        if _is_off_schedule(known.get(key), schedules.get(key), now)
     ]
     if not changed:
         return
@@ -935,14 +935,19 @@ def keep_schedules(schedules: Mapping[SessionKey, datetime | None], *, now: date
         doorbell.ring([session.pk for session in sessions.values()])
 
 
-def _is_off_schedule(session: Session | None, next_scheduled: datetime | None) -> bool:
+def _is_off_schedule(
+    session: Session | None, next_scheduled: datetime | None, now: datetime
+) -> bool:
     if next_scheduled is None:
         return session is not None and session.due_reason == DueReason.SCHEDULE
     if session is None:
         return True
     if session.due_at is None:
         return session.lease_token is None
-    return session.due_reason == DueReason.SCHEDULE and session.due_at > next_scheduled
+    # Later, or at a time that the schedule does not have any more; one that is past is due.
+    is_late = session.due_at > next_scheduled
+    is_gone = now < session.due_at < next_scheduled
+    return session.due_reason == DueReason.SCHEDULE and (is_late or is_gone)
 
 
 def _put_on_schedule(session: Session, next_scheduled: datetime | None, now: datetime) -> None:

@@ -424,3 +424,13 @@ def test_a_shorter_schedule_brings_the_next_heartbeat_forward() -> None:
     assert Session.objects.get().due_at == NOW + timedelta(minutes=5)
     queue.keep_schedules({MAIN: None}, now=NOW)
     assert Session.objects.get().due_at is None
+
+
+def test_a_due_time_that_the_schedule_has_no_more_is_given_up() -> None:
+    """The agent's active hours were changed: what was due at 22:10 is due in the morning."""
+    queue.keep_schedules({MAIN: NOW + timedelta(minutes=10)}, now=NOW)
+    queue.keep_schedules({MAIN: NOW + timedelta(hours=10)}, now=NOW)
+    assert Session.objects.get().due_at == NOW + timedelta(hours=10)
+    # One that has come, and waits for a place, stays due.
+    queue.keep_schedules({MAIN: NOW + timedelta(hours=20)}, now=NOW + timedelta(hours=11))
+    assert Session.objects.get().due_at == NOW + timedelta(hours=10)

@@ -28,7 +28,7 @@ from django.db import DatabaseError, connections, transaction
 from django.db.models import F, Min, Q, QuerySet
 from django.utils import timezone
 
-from wake import doorbell
+from wake import configuration, doorbell, metrics
 from wake.heartbeats.runners import (
     MAX_ERROR_CHARACTERS,
     Delivered,
@@ -50,7 +50,8 @@ TIME_LIMIT_SECONDS: Final = 30.0
 # Longer than an attempt takes, with what is to be written before and after it.
 LEASE: Final = timedelta(seconds=60)
 POSTS_AT_ONCE: Final = 8
-# The slow poll behind the doorbell; and how close together the doorbell makes it look.
+# The slow poll behind the doorbell; and how close together the doorbell makes it look, where an
+# agent has a reply URL.
 POLL_SECONDS: Final = 1.0
 LOOK_SECONDS: Final = 0.1
 STOP_SECONDS: Final = 5.0
@@ -119,19 +120,29 @@ def end_attempt(attempt: Attempt, outcome: Delivered | Failed | Returned, *, now
     permanent or was the last attempt. What was returned undone was no attempt and is due at once.
     """
     change: dict[str, Any]
+    counted_as = "retried"
     if isinstance(outcome, Delivered):
+        counted_as = "sent"
         change = {"state": ReplyState.SENT, "due_at": None, "settled_at": now, "error": ""}
     elif isinstance(outcome, Returned):
         change = {"due_at": now, "attempts": F("attempts") - 1}
     elif outcome.permanent or attempt.number >= MAX_ATTEMPTS:
+        counted_as = "failed"
         change = {"state": ReplyState.FAILED, "due_at": None, "settled_at": now}
     else:
         asked_for = min(outcome.retry_after or timedelta(0), RETRY_AFTER_LIMIT)
         change = {"due_at": now + max(backoff(attempt.number), asked_for)}
     if isinstance(outcome, Failed):
         change["error"] = cut(outcome.error)[:MAX_ERROR_CHARACTERS]
-    # The lease can have run out, and another poster have begun or ended the next attempt.
-    return _held(attempt.pk, attempt.lease_until).update(**change) == 1
+    counts = metrics.Counts()
+    if not isinstance(outcome, Returned):
+        counts.reply_post(counted_as)
+    with transaction.atomic():
+        # The lease can have run out, and another poster have begun or ended the next attempt.
+        if not _held(attempt.pk, attempt.lease_until).update(**change):
+            return False
+        counts.write()
+    return True
 
 
 def send_again(post_ids: Collection[int], *, now: datetime) -> int:
@@ -232,9 +243,12 @@ class ReplyPoster:
                 self._look_again.clear()
                 pause = await self._begin_due()
                 # It rings for every event: many rings are one look.
-                await asyncio.sleep(min(pause, LOOK_SECONDS))
+                snapshot = await self._in_database(configuration.gateway)
+                posts = any(agent.reply_url for agent in snapshot.agents.values())
+                apart = LOOK_SECONDS if posts else POLL_SECONDS
+                await asyncio.sleep(min(pause, apart))
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._look_again.wait(), max(pause - LOOK_SECONDS, 0.0))
+                    await asyncio.wait_for(self._look_again.wait(), max(pause - apart, 0.0))
 
     async def run_once(self) -> int:
         """Begin what is due, see it to its end, and return how many attempts there were."""
