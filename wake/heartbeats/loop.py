@@ -249,6 +249,7 @@ class HeartbeatLoop:
         """
         handing_over = self._handing_over[claim]
         await asyncio.wait([handing_over])
+        is_kept = False
         try:
             outcome = Returned() if handing_over.cancelled() else handing_over.result()
             logger.info(
@@ -264,9 +265,10 @@ class HeartbeatLoop:
                 logger.debug(
                     "heartbeats: run %s: %s", claim.run_id, outcome.error, extra=_ids(claim)
                 )
-            await self._settle(claim, lambda: self._settle_step(claim, turn, outcome))
+            is_kept = await self._settle(claim, lambda: self._settle_step(claim, turn, outcome))
         finally:
             del self._handing_over[claim]
+            self._runner(turn.agent.runner).settled(claim.run_id, is_kept=is_kept)
 
     async def _hand_over(self, claim: Claim, turn: Turn) -> Outcome:
         """Return how the runner ended. A defect or a time-out in it is a failed attempt."""
@@ -294,8 +296,8 @@ class HeartbeatLoop:
             self._runners[kind] = make_runner(kind, self._look_again.set)
         return self._runners[kind]
 
-    async def _settle(self, claim: Claim, step: Callable[[], None]) -> None:
-        """Call a settling step until the database takes it, or the lease is lost.
+    async def _settle(self, claim: Claim, step: Callable[[], None]) -> bool:
+        """Call a settling step until the database takes it; False when the lease is lost.
 
         Upkeep renews the lease meanwhile, so an outcome is not lost to a busy database.
         """
@@ -312,7 +314,9 @@ class HeartbeatLoop:
                     continue
                 left = "heartbeats: run %s is left to its lease: %s"
                 logger.warning(left, claim.run_id, error, extra=_ids(claim))
-            return
+            else:
+                return True
+            return False
 
     def _settle_step(self, claim: Claim, turn: Turn, outcome: Outcome) -> None:
         now = self._clock()

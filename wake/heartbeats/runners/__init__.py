@@ -129,6 +129,12 @@ class Runner:
         """
         raise NotImplementedError
 
+    def settled(self, run_id: UUID, *, is_kept: bool) -> None:
+        """Take note that the loop is done with a turn that was handed over.
+
+        `is_kept` says whether its outcome is stored: it is not if the lease was lost by then.
+        """
+
     async def close(self) -> None:
         """Let go of what the instance holds; no run is under way."""
 
