@@ -701,6 +701,12 @@ class GatewayToken(HashedToken):
         "inbox); empty: nobody's, unless its scopes say so.",
     )
 
+    def clean_fields(self, exclude: Collection[str] | None = None) -> None:
+        """Check each field. A token that is bound to an agent need not hold a scope."""
+        if self.agent_id and self.scopes == []:
+            exclude = {*(exclude or ()), "scopes"}
+        super().clean_fields(exclude)
+
 
 class PresenceEntry(models.Model):
     """What a node last said of itself in a `Node:` line, by the node's own id."""

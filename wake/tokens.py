@@ -72,11 +72,20 @@ def create_for_gateway(
     name: str,
     *,
     scopes: Sequence[str] = tuple(OperatorScope.values),
+    agent_id: str | None = None,
     expires_at: datetime | None = None,
 ) -> tuple[GatewayToken, str]:
-    """Store a new gateway token that holds `scopes`; see `create`."""
+    """Store a new gateway token that holds `scopes`; see `create`.
+
+    With an `agent_id` it is bound to that agent, and may hold no scope.
+    """
     return create(
-        GatewayToken, name, prefix=GATEWAY_PREFIX, expires_at=expires_at, scopes=list(scopes)
+        GatewayToken,
+        name,
+        prefix=GATEWAY_PREFIX,
+        expires_at=expires_at,
+        scopes=list(scopes),
+        agent_id=agent_id,
     )
 
 
@@ -111,12 +120,20 @@ def rotate(
 def rotate_for_gateway(
     name: str, *, keep_old: timedelta, now: datetime, expires_at: datetime | None = None
 ) -> tuple[GatewayToken, str]:
-    """Replace a gateway token by one that holds the same scopes; see `rotate`."""
+    """Replace a gateway token by one with the same scopes and agent; see `rotate`."""
 
     def renew(old: GatewayToken) -> tuple[GatewayToken, str]:
-        return create_for_gateway(name, scopes=old.scopes, expires_at=expires_at)
+        return create_for_gateway(
+            name, scopes=old.scopes, agent_id=old.agent_id, expires_at=expires_at
+        )
 
     return rotate(GatewayToken, name, keep_old=keep_old, now=now, renew=renew)
+
+
+def held_in_words(token: GatewayToken) -> str:
+    """Return what a gateway token opens, for a list: its scopes, and the agent it is bound to."""
+    words = [scopes_in_words(token.scopes), f"agent {token.agent_id}" if token.agent_id else ""]
+    return ", ".join(word for word in words if word)
 
 
 def scopes_in_words(scopes: Collection[str]) -> str:

@@ -37,8 +37,15 @@ class GatewayTokenForm(ModelForm):
         choices=OperatorScope.choices,
         initial=every_scope,
         widget=UnfoldAdminCheckboxSelectMultipleWidget,
-        help_text="What the token may be used for.",
+        help_text="What the token may be used for; nothing beside its agent, if there is one.",
+        required=False,
     )
+
+    def clean(self) -> dict[str, Any] | None:
+        cleaned = super().clean()
+        if not self.cleaned_data.get("scopes") and not self.cleaned_data.get("agent"):
+            self.add_error("scopes", "Choose at least one scope, or an agent.")
+        return cleaned
 
 
 @admin.register(GatewayToken)
@@ -48,14 +55,20 @@ class GatewayTokenAdmin(TokenPage):
 
     def get_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
         may_change = obj is None or self.has_change_permission(request, obj)
-        return (*super().get_fields(request, obj), "scopes" if may_change else "holds")
+        return (
+            *super().get_fields(request, obj),
+            *(("scopes", "agent") if may_change else ("holds",)),
+        )
 
     def get_readonly_fields(self, request: HttpRequest, obj: Any = None) -> tuple[str, ...]:
         return (*super().get_readonly_fields(request, obj), "holds")
 
     def make(self, entered: GatewayToken) -> tuple[GatewayToken, str]:
         return tokens.create_for_gateway(
-            entered.name, scopes=entered.scopes, expires_at=entered.expires_at
+            entered.name,
+            scopes=entered.scopes,
+            agent_id=entered.agent_id,
+            expires_at=entered.expires_at,
         )
 
     def replace(self, name: str, *, keep_old: timedelta, now: datetime) -> tuple[GatewayToken, str]:
@@ -65,9 +78,9 @@ class GatewayTokenAdmin(TokenPage):
         address = request.build_absolute_uri("/ws").replace("http", "ws", 1)
         return example.command_line(row, token, address)
 
-    @admin.display(description="scopes")
+    @admin.display(description="opens")
     def holds(self, row: GatewayToken) -> str:
-        return tokens.scopes_in_words(row.scopes)
+        return tokens.held_in_words(row)
 
 
 @admin.register(PresenceEntry)

@@ -34,13 +34,15 @@ class Credential:
     """What a client proved to hold: a name for the log, and the scopes.
 
     `token_id` is that of a stored token, `session_key` that of a signed-in user's session; without
-    either it is the environment's token, in force as long as the process.
+    either it is the environment's token, in force as long as the process. With an `agent_id` the
+    token is bound to that agent: its holder may take this agent's heartbeats, whatever the scopes.
     """
 
     name: str
     scopes: tuple[str, ...]
     token_id: int | None = None
     session_key: str = ""
+    agent_id: str = ""
 
 
 def authenticate(offered: Credentials | None, session_key: str, now: datetime) -> Credential:
@@ -66,9 +68,11 @@ def _of_token(candidates: Collection[str], now: datetime) -> Credential:
             return Credential("OPENCLAW_GATEWAY_TOKEN", scopes.ALL)
     # Looking up a hash of a random token tells its holder nothing by the time it takes.
     for token in GatewayToken.objects.filter(digest__in=digests):
-        if _scopes_of_token(token, now):
+        if tokens.is_usable(token, now) and (token.scopes or token.agent_id):
             tokens.note_use(GatewayToken, token.pk, now)
-            return Credential(token.name, tuple(token.scopes), token.pk)
+            return Credential(
+                token.name, tuple(token.scopes), token.pk, agent_id=token.agent_id or ""
+            )
     raise _unauthorized("token mismatch", "AUTH_TOKEN_MISMATCH", "token_mismatch")
 
 
@@ -105,22 +109,29 @@ def ended(held: Collection[Credential], now: datetime) -> set[Credential]:
 
 def _is_in_force(credential: Credential, now: datetime) -> bool:
     if credential.session_key:
-        return _covers(scopes_of_user(_user_of(credential.session_key)), credential)
+        held = scopes_of_user(_user_of(credential.session_key))
+        return bool(held) and _covers(held, credential)
     if credential.token_id is None:
         return True
-    if _covers(_scopes_of_token(_stored_tokens().get(credential.token_id), now), credential):
+    if _still_holds(_stored_tokens().get(credential.token_id), credential, now):
         return True
     # The snapshot may be older than the token, or than a change in its favour.
     stored = GatewayToken.objects.filter(pk=credential.token_id).first()
-    return _covers(_scopes_of_token(stored, now), credential)
+    return _still_holds(stored, credential, now)
 
 
-def _scopes_of_token(token: GatewayToken | None, now: datetime) -> tuple[str, ...]:
-    return tuple(token.scopes) if token and tokens.is_usable(token, now) else ()
+def _still_holds(token: GatewayToken | None, credential: Credential, now: datetime) -> bool:
+    return (
+        token is not None
+        and tokens.is_usable(token, now)
+        and bool(token.scopes or token.agent_id)
+        and (token.agent_id or "") == credential.agent_id
+        and _covers(token.scopes, credential)
+    )
 
 
 def _covers(held: Collection[str], credential: Credential) -> bool:
-    return bool(held) and all(scopes.includes(held, scope) for scope in credential.scopes)
+    return all(scopes.includes(held, scope) for scope in credential.scopes)
 
 
 def _unauthorized(what: str, code: str, reason: str) -> HandshakeRefused:

@@ -6,10 +6,13 @@ import argparse
 from datetime import datetime, timedelta
 from typing import Any
 
+from django.core.management.base import CommandError
+
 from wake import tokens
 from wake.gateway import example
+from wake.management.terminal import one_line, text
 from wake.management.tokens import TokensCommand
-from wake.models import GatewayToken, OperatorScope
+from wake.models import Agent, GatewayToken, OperatorScope
 
 
 class Command(TokensCommand[GatewayToken]):
@@ -27,14 +30,27 @@ class Command(TokensCommand[GatewayToken]):
             action="append",
             dest="scopes",
             help="the token holds this scope and no other; may be given more than once "
-            "(default: all of them)",
+            "(default: all of them; none with --agent)",
+        )
+        parser.add_argument(
+            "--agent",
+            type=text,
+            metavar="ID",
+            help="the token is for programs that take this agent's heartbeats (runner inbox)",
         )
 
     def create_token(
         self, name: str, expires_at: datetime | None, options: dict[str, Any]
     ) -> tuple[GatewayToken, str]:
-        scopes = options["scopes"] or OperatorScope.values
-        return tokens.create_for_gateway(name, scopes=scopes, expires_at=expires_at)
+        agent_id: str | None = options["agent"]
+        if agent_id is not None:
+            agent_id = agent_id.strip().lower()
+            if not Agent.objects.filter(pk=agent_id).exists():
+                raise CommandError(one_line(f'unknown agent "{agent_id}"'))
+        scopes = options["scopes"] or ([] if agent_id else OperatorScope.values)
+        return tokens.create_for_gateway(
+            name, scopes=scopes, agent_id=agent_id, expires_at=expires_at
+        )
 
     def rotate_token(
         self, name: str, expires_at: datetime | None, *, keep_old: timedelta, now: datetime
@@ -42,7 +58,7 @@ class Command(TokensCommand[GatewayToken]):
         return tokens.rotate_for_gateway(name, keep_old=keep_old, now=now, expires_at=expires_at)
 
     def opened(self, row: GatewayToken) -> str:
-        return tokens.scopes_in_words(row.scopes)
+        return tokens.held_in_words(row)
 
     def example(self, row: GatewayToken, token: str) -> str:
         return example.command_line(row, token, "ws://127.0.0.1:8000")
