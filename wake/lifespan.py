@@ -1,7 +1,8 @@
 """What runs beside the server in its process, started and stopped with it (ASGI lifespan).
 
 That is the thread that keeps the configuration fresh, the one that tidies up, and what runs
-heartbeats.
+heartbeats; without heartbeats, a loop for those agents alone whose clients are connected to this
+process.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from django.db import DatabaseError
 
 from wake import configuration, metrics, upkeep
 from wake.heartbeats import pulse
+from wake.heartbeats.loop import HeartbeatLoop
 from wake.heartbeats.worker import Worker
+from wake.models import RunnerKind
 
 # Set to 0 by `manage.py gateway --no-heartbeats`, for every worker process it starts.
 HEARTBEATS_VARIABLE: Final = "OPENCLAW_HEARTBEATS"
@@ -33,7 +36,7 @@ class Lifespan:
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
-        heartbeats: Worker | None = None
+        heartbeats: Worker | HeartbeatLoop | None = None
         serving: asyncio.Task[None] | None = None
         beside = contextlib.ExitStack()
         while True:
@@ -42,10 +45,11 @@ class Lifespan:
                 await asyncio.to_thread(beside.enter_context, configuration.keep_fresh())
                 beside.callback(_write_noted)
                 beside.enter_context(upkeep.keep_up())
-                if os.environ.get(HEARTBEATS_VARIABLE, "1") != "0":
-                    heartbeats = Worker()
-                    pulse.expect(True)
-                    serving = asyncio.create_task(heartbeats.run())
+                # Clients of the inbox runner are connected here, and reached from nowhere else.
+                is_all = os.environ.get(HEARTBEATS_VARIABLE, "1") != "0"
+                heartbeats = Worker() if is_all else HeartbeatLoop(kinds={RunnerKind.INBOX})
+                pulse.expect(True)
+                serving = asyncio.create_task(heartbeats.run())
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
                 if heartbeats and serving:

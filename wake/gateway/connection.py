@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Awaitable, Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from typing import Any, Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar, cast
 from uuid import uuid4
 
 import msgspec
@@ -41,6 +41,7 @@ from wake.gateway.frames import (
 from wake.gateway.handshake import CLOSE_POLICY_VIOLATION, HandshakeRefused
 from wake.gateway.methods import Caller
 from wake.gateway.outbox import Outbox
+from wake.heartbeats.runners import Lost, Outcome, Returned, inbox
 from wake.threads import call_in
 from wake.websocket_protocol import EXTENSION, Control
 
@@ -55,6 +56,8 @@ MAX_REQUESTS_IN_FLIGHT: Final = 64
 DATABASE_THREADS: Final = 12
 # One connection's requests take no more of the threads than this at a time.
 THREADS_EACH: Final = 4
+# What becomes of the heartbeats that a client has when its connection ends.
+CLIENT_GONE: Final = Lost("the connection of its client ended")
 
 # Methods wait for the database here, never on the event loop, and not on the one thread that
 # Django shares among all its synchronous views.
@@ -106,6 +109,7 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         self._control: Control | None = scope.get("extensions", {}).get(EXTENSION)
         drop = self._control.drop if self._control else None
         self._hub = hub.of_this_loop()
+        self._inbox = inbox.of_this_loop()
         self._outbox = Outbox(send, self._max_buffered_bytes, drop)
         try:
             await super().__call__(scope, receive, send)
@@ -115,6 +119,8 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
             for task in tasks:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
+            # Last: one of the requests may have attached it until now.
+            self._inbox.leave(self._id, CLIENT_GONE)
 
     async def dispatch(self, message: dict[str, Any]) -> None:
         """Handle a message of the server or of the channel layer.
@@ -131,7 +137,7 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         await self.send({"type": "websocket.accept"})
         self._accompany(self._outbox.run())
         self._accompany(self._end_without_handshake())
-        self._tell("connect.challenge", {"nonce": self._nonce, "ts": _now_ms()})
+        self.tell("connect.challenge", {"nonce": self._nonce, "ts": _now_ms()})
 
     async def websocket_receive(self, message: dict[str, Any]) -> None:
         """Take one frame: a part of the handshake, or a request."""
@@ -150,8 +156,8 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
     async def websocket_shutdown(self, message: dict[str, Any]) -> None:
         """Say why it ends here: the process is asked to stop."""
         if self._is_known:
-            self._tell("shutdown", {"reason": "the gateway stops"})
-        self.end(CLOSE_SERVICE_RESTART, "service restart")
+            self.tell("shutdown", {"reason": "the gateway stops"})
+        self.end(CLOSE_SERVICE_RESTART, "service restart", Returned())
 
     async def websocket_disconnect(self, message: dict[str, Any]) -> None:
         raise StopConsumer
@@ -165,7 +171,7 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         """Tell the client regularly that the gateway is there."""
         while not self._outbox.closed:
             await asyncio.sleep(self._tick_seconds)
-            self._tell("tick", {"ts": _now_ms()})
+            self.tell("tick", {"ts": _now_ms()})
 
     # --- The handshake --------------------------------------------------------------------------
 
@@ -239,7 +245,7 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
             self._control.limit_messages(frames.MAX_PAYLOAD_BYTES)
         self._answer(request.id, hello)
         # From here on, what it was not granted may be lost without an end.
-        self.caller = Caller(self._id, replace(credential, scopes=granted), granted)
+        self.caller = Caller(self._id, replace(credential, scopes=granted), granted, link=self)
         self.report = presence.of_client(params, self._id, self._address(), granted)
         self._is_known = True
         self._hub.add(self)
@@ -278,12 +284,22 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         task.add_done_callback(self._requests.discard)
 
     async def _serve(self, request: Request) -> None:
+        wanted = methods.METHODS.get(request.method)
         try:
-            async with self._turns:
-                payload = await in_database(methods.call, request, self.caller)
+            if wanted and wanted.is_on_loop:
+                payload = await cast("Awaitable[object]", methods.call(request, self.caller))
+            else:
+                payload = await self.in_database(methods.call, request, self.caller)
             self._answer(request.id, payload)
         except Exception as error:
             self._fail(request.id, methods.to_error(error))
+
+    async def in_database(
+        self, function: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs
+    ) -> T:
+        """Call a function that uses the database, on one of the threads this connection may use."""
+        async with self._turns:
+            return await in_database(function, *args, **kwargs)
 
     # --- Sending --------------------------------------------------------------------------------
 
@@ -297,11 +313,8 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
     def _fail(self, request_id: str, error: Error) -> None:
         self._put(Response(id=request_id, ok=False, error=error))
 
-    def tell(self, event: str, payload: msgspec.Raw) -> None:
-        """Send an event whose payload is encoded already."""
-        self._tell(event, payload)
-
-    def _tell(self, event: str, payload: object) -> None:
+    def tell(self, event: str, payload: object) -> None:
+        """Send an event; a payload that is encoded already is `msgspec.Raw`."""
         self._sequence += 1
         self._put(Event(event=event, payload=payload, seq=self._sequence))
 
@@ -312,8 +325,12 @@ class Connection(AsyncConsumer):  # type: ignore[misc]
         self._fail(request_id, error)
         self.end(close_code, error.message)
 
-    def end(self, code: int, reason: str) -> None:
-        """Close the connection after what was sent before. Only the first close counts."""
+    def end(self, code: int, reason: str, runs: Outcome = CLIENT_GONE) -> None:
+        """Close the connection after what was sent before. Only the first close counts.
+
+        The heartbeats that the client has end as `runs` says, at once.
+        """
+        self._inbox.leave(self._id, runs)
         self._outbox.close(
             code, ascii(reason[:MAX_REASON_CHARACTERS])[1:-1][:MAX_REASON_CHARACTERS]
         )

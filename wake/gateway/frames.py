@@ -46,6 +46,16 @@ EVENTS: Final = {
         "`runId`, `sessionKey`, `agentId`, `status` (`running` at the start), `reason`, `attempt`, "
         "`eventCount`, `durationMs` and `preview` (null and empty at the start), `ts`",
     ),
+    "heartbeat.run": (
+        "one client of the agent, attached with `agent.attach`, when it is to run a heartbeat",
+        "`runId`, `agentId`, `sessionKey`, `reason`, `attempt`, `prompt` and `events`, as the "
+        "`http` runner posts them; `deadlineMs`, how long the client's lease lasts from now; "
+        "`timeoutMs`, how long the heartbeat may take in all",
+    ),
+    "heartbeat.lost": (
+        "the client that has a run, when it is not its own any more",
+        "`runId`, `reason`",
+    ),
     "sessions.changed": (
         "who asked for it with `sessions.subscribe`",
         "`sessionKey`, `agentId`, `reason` (`event`, `heartbeat` or `changed`), `ts`, and "

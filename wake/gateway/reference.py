@@ -33,7 +33,8 @@ def _methods() -> str:
         (
             (
                 f"`{method.name}`",
-                method.scope.removeprefix("operator."),
+                method.scope.removeprefix("operator.")
+                + (", or a token of the agent" if method.for_agents else ""),
                 ", ".join(_params(method.params)) or "none",
                 " ".join((inspect.getdoc(method.function) or "").split()),
             )

@@ -1,6 +1,6 @@
 """The gateway's methods, by what they are about; importing this package declares them all."""
 
-from wake.gateway.methods import heartbeats, sessions, state, subscriptions, waking
+from wake.gateway.methods import heartbeats, inbox, sessions, state, subscriptions, waking
 from wake.gateway.methods.registry import (
     METHODS,
     TOO_MANY_REQUESTS,
@@ -19,6 +19,7 @@ __all__ = [
     "NoParams",
     "call",
     "heartbeats",
+    "inbox",
     "sessions",
     "state",
     "subscriptions",

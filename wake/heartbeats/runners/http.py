@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from datetime import UTC
 from typing import Any, Final
 from uuid import UUID
 
@@ -25,6 +24,7 @@ from wake.heartbeats.runners.http_client import (
     parse_retry_after,
     read_bounded,
 )
+from wake.heartbeats.runners.wire import as_json
 from wake.redaction import without_credentials
 from wake.signing import signature_headers
 
@@ -63,26 +63,7 @@ class HttpRunner(Runner):
 
 def request_body(turn: Turn) -> bytes:
     """Return the turn as the agent receives it: JSON in UTF-8."""
-    return msgspec.json.encode(
-        {
-            "runId": str(turn.run_id),
-            "agentId": turn.agent.id,
-            "sessionKey": turn.session_key,
-            "reason": turn.reason,
-            "attempt": turn.attempt,
-            "prompt": turn.prompt,
-            "events": [
-                {
-                    "id": str(event.event_id),
-                    "text": event.text,
-                    "source": event.source,
-                    "external": event.external,
-                    "at": event.at.astimezone(UTC).isoformat().replace("+00:00", "Z"),
-                }
-                for event in turn.events
-            ],
-        }
-    )
+    return msgspec.json.encode(as_json(turn))
 
 
 async def post_signed(

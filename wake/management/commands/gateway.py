@@ -52,7 +52,8 @@ class Command(BaseCommand):
         parser.add_argument(
             "--no-heartbeats",
             action="store_true",
-            help="serve only; `manage.py heartbeats` runs the heartbeats elsewhere",
+            help="serve only; `manage.py heartbeats` runs the heartbeats elsewhere, except those "
+            "of the clients that are connected here (runner inbox)",
         )
 
     def handle(self, *, host: str, port: int, workers: int, no_heartbeats: bool, **_: Any) -> None:
