@@ -39,8 +39,13 @@ def hold_reason(agent_id: str, snapshot: GatewayConfiguration) -> str | None:
         return f"agent {agent_id} is paused"
     if agent.runner == RunnerKind.NONE:
         return f"agent {agent_id} has no runner"
-    reach = snapshot.reach.get(agent_id)
-    if agent.runner == RunnerKind.INBOX and (reach is None or not reach.clients):
+    return unreached_reason(agent_id, snapshot)
+
+
+def unreached_reason(agent_id: str, snapshot: GatewayConfiguration) -> str | None:
+    """Return why nobody reaches this agent now, where that depends on connections; or None."""
+    agent, reach = snapshot.agents.get(agent_id), snapshot.reach.get(agent_id)
+    if agent and agent.runner == RunnerKind.INBOX and (reach is None or not reach.clients):
         return f"no program of agent {agent_id} is connected"
     return reach.problem or None if reach else None
 

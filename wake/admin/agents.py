@@ -39,6 +39,7 @@ from wake.models import (
     RunnerKind,
 )
 from wake.presentation import counted, first_line
+from wake.session_states import unreached_reason
 from wake.signing import new_signing_secret
 from wake.status import with_counts
 from wake.targets import target
@@ -268,7 +269,8 @@ class AgentAdmin(Page):
 
     @admin.display(description="state")
     def state(self, row: Agent) -> str:
-        is_default = configuration.gateway().default_agent == row.pk
+        snapshot = configuration.gateway()
+        is_default = snapshot.default_agent == row.pk
         default = badge("default", "primary", "Meant where a request selects no agent.")
         if not row.enabled:
             label = badge("disabled", "danger", "Wakes for it are refused.")
@@ -276,6 +278,8 @@ class AgentAdmin(Page):
             label = badge("paused", "warning", "Its events wait.")
         elif row.runner == RunnerKind.NONE:
             label = badge("no runner", "warning", "Its events wait.")
+        elif unreached := unreached_reason(row.pk, snapshot):
+            label = badge("not reached", "warning", f"Its events wait: {unreached}.")
         else:
             label = badge("runs", "success")
         return format_html("{} {}", label, default) if is_default else label

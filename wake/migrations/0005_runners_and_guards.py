@@ -184,4 +184,14 @@ class Migration(migrations.Migration):
             model_name='agentreach',
             constraint=models.UniqueConstraint(fields=('agent', 'owner'), name='agent_reach_unique'),
         ),
+        migrations.AlterField(
+            model_name='heartbeat',
+            name='reason',
+            field=models.CharField(choices=[('wake', 'wake'), ('schedule', 'schedule'), ('retry', 'retry after a failure'), ('recovery', 'recovery of a lost heartbeat'), ('requeue', 'requeued dead letters'), ('operator', 'a person')], max_length=16),
+        ),
+        migrations.AlterField(
+            model_name='session',
+            name='due_reason',
+            field=models.CharField(blank=True, choices=[('wake', 'wake'), ('schedule', 'schedule'), ('retry', 'retry after a failure'), ('recovery', 'recovery of a lost heartbeat'), ('requeue', 'requeued dead letters'), ('operator', 'a person')], default='', max_length=16),
+        ),
     ]

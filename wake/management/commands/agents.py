@@ -16,10 +16,12 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 from django.db import DatabaseError, transaction
 from django.utils import timezone
 
+from wake import configuration
 from wake.durations import format_duration, parse_duration
 from wake.heartbeats.presets import PRESETS, Preset, find
 from wake.models import RUNNERS_WITH_URL, Agent, GatewaySettings, IdleRuns, RunnerKind
 from wake.redaction import without_credentials
+from wake.session_states import unreached_reason
 from wake.signing import new_signing_secret, signing_key
 from wake.status import with_counts
 from wake.targets import target
@@ -445,7 +447,9 @@ def _as_json(agent: Any, default_agent: str) -> dict[str, Any]:
 def _state(agent: Agent) -> str:
     if not agent.enabled:
         return "disabled"
-    return "paused" if agent.paused else "enabled"
+    if agent.paused:
+        return "paused"
+    return "unreached" if unreached_reason(agent.pk, configuration.gateway()) else "enabled"
 
 
 def _target(agent: Agent) -> str:
