@@ -24,7 +24,7 @@ from django.db import transaction
 from django.db.models import Count, F, Min, OuterRef, Q, Subquery
 from uuid_utils.compat import uuid7
 
-from wake import doorbell, guards, metrics
+from wake import doorbell, guards, metrics, rows
 from wake.errors import LeaseLost, QueueFull
 from wake.models import (
     PRIORITIES,
@@ -40,6 +40,7 @@ from wake.models import (
     SystemEvent,
     priority_of,
 )
+from wake.rows import EventRow, SessionRow
 from wake.session_keys import SessionKey
 
 BATCH_EVENTS: Final = 200
@@ -182,13 +183,14 @@ def enqueue(
     if not entries:
         return []
     with transaction.atomic():
-        wanted = {key for entry in entries for key in (entry.session, *entry.nudged)}
-        sessions = _locked_sessions(wanted)
-        newest = _newest_queued_events(session.pk for session in sessions.values())
+        sessions = _locked_sessions(
+            {key for entry in entries for key in (entry.session, *entry.nudged)}
+        )
+        newest = _newest_queued_events(sessions.values())
         senders = _sessions_of_runs(entries)
         results: list[Stored | QueueFull] = []
-        fresh: list[SystemEvent] = []
-        turns: list[AgentTurn] = []
+        fresh: list[EventRow] = []
+        turns: list[tuple[UUID, Entry]] = []
         counts = metrics.Counts()
         for entry in entries:
             session = sessions[entry.session]
@@ -206,27 +208,18 @@ def enqueue(
                 )
                 continue
             else:
-                event = SystemEvent(
+                event = EventRow(
                     uid=uuid7(),
-                    session=session,
+                    session_id=session.pk,
                     text=entry.text,
                     source=entry.source,
                     external=entry.external,
                     alone=entry.turn is not None,
                     own=is_own,
-                    created_at=now,
                 )
                 fresh.append(event)
                 if entry.turn:
-                    turns.append(
-                        AgentTurn(
-                            event=event,
-                            name=entry.turn.name,
-                            timeout_seconds=entry.turn.timeout_seconds,
-                            deliver=entry.turn.deliver,
-                            note_mode=entry.note_mode,
-                        )
-                    )
+                    turns.append((event.uid, entry))
                 newest[session.pk] = event
                 if session.batch_through is None and session.lease_token is None:
                     # What failed was a heartbeat without events: this one has all its attempts.
@@ -241,60 +234,61 @@ def enqueue(
                 _bring_forward(session, entry.due)
             for nudged in entry.nudged:
                 _bring_forward(sessions[nudged], Due(now, DueReason.WAKE))
-        SystemEvent.objects.bulk_create(fresh)
-        AgentTurn.objects.bulk_create(turns)
-        Session.objects.bulk_update(
-            sessions.values(), ["queued", "attempts", "last_event_at", *_DUE_FIELDS]
-        )
+        rows.insert_events(fresh, now)
+        _store_turns(turns)
+        rows.save_sessions(sessions.values())
         counts.write()
         doorbell.ring([session.pk for session in sessions.values()])
     return results
 
 
-def _locked_sessions(keys: Collection[SessionKey]) -> dict[SessionKey, Session]:
-    """Return the sessions, made where they are missing, locked until the transaction ends."""
-    wanted = set(keys)
-    # In the order of their ids, so that two batches never wait for each other in a circle.
-    locked = (
-        Session.objects.select_for_update()
-        .filter(agent_id__in={key.agent_id for key in wanted}, key__in={key.key for key in wanted})
-        .order_by("pk")
+def _store_turns(turns: Sequence[tuple[UUID, Entry]]) -> None:
+    if not turns:
+        return
+    stored = SystemEvent.objects.filter(uid__in=[uid for uid, _ in turns])
+    pks = dict(stored.values_list("uid", "pk"))
+    AgentTurn.objects.bulk_create(
+        [
+            AgentTurn(
+                event_id=pks[uid],
+                name=entry.turn.name,
+                timeout_seconds=entry.turn.timeout_seconds,
+                deliver=entry.turn.deliver,
+                note_mode=entry.note_mode,
+            )
+            for uid, entry in turns
+            if entry.turn
+        ]
     )
-    found = {SessionKey(session.agent_id, session.key): session for session in locked}
-    missing = sorted(wanted - found.keys())
+
+
+def _locked_sessions(keys: Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
+    """Return the sessions, made where they are missing, locked until the transaction ends."""
+    found = {SessionKey(row.agent_id, row.key): row for row in rows.lock_sessions(keys)}
+    missing = sorted(keys - found.keys())
     if missing:
         # Another process may make the same session at this moment; then its row is used.
         Session.objects.bulk_create(
             [Session(agent_id=agent_id, key=key) for agent_id, key in missing],
             ignore_conflicts=True,
         )
-        found = {SessionKey(session.agent_id, session.key): session for session in locked.all()}
+        found = {SessionKey(row.agent_id, row.key): row for row in rows.lock_sessions(keys)}
     return found
 
 
-def _newest_queued_events(session_ids: Iterable[int]) -> dict[int, SystemEvent]:
-    """Return, by session, the newest queued event that no running heartbeat has taken.
+def _newest_queued_events(sessions: Iterable[SessionRow]) -> dict[int, EventRow]:
+    """Return, by session, the newest queued event that no running heartbeat has taken."""
+    by_pk = {session.pk: session for session in sessions if session.queued > 0}
+    return {
+        event.session_id: event
+        for event in rows.newest_queued_events(list(by_pk))
+        if not _is_taken(event, by_pk[event.session_id])
+    }
 
-    A statement of its own after the sessions are locked: on PostgreSQL a statement that waited
-    for a lock still sees the events as they were before it waited.
-    """
-    newest = (
-        SystemEvent.objects.filter(session=OuterRef("pk"), state=EventState.QUEUED)
-        .order_by("-pk")
-        .values("pk")[:1]
-    )
-    not_taken = (
-        Q(session__lease_token__isnull=True)
-        | Q(session__batch_through__isnull=True)
-        | Q(session__batch_through__lt=F("pk"))
-    )
-    events = SystemEvent.objects.filter(
-        not_taken,
-        pk__in=Session.objects.filter(pk__in=list(session_ids), queued__gt=0).values(
-            newest=Subquery(newest)
-        ),
-    )
-    return {event.session_id: event for event in events}
+
+def _is_taken(event: EventRow, session: SessionRow) -> bool:
+    taken_through = session.batch_through if session.lease_token is not None else None
+    return taken_through is not None and event.pk is not None and event.pk <= taken_through
 
 
 def _sessions_of_runs(entries: Sequence[Entry]) -> dict[UUID, int]:
@@ -305,7 +299,7 @@ def _sessions_of_runs(entries: Sequence[Entry]) -> dict[UUID, int]:
     return dict(Heartbeat.objects.filter(run_id__in=runs).values_list("run_id", "session_id"))
 
 
-def _is_same(event: SystemEvent, entry: Entry, is_own: bool) -> bool:
+def _is_same(event: EventRow, entry: Entry, is_own: bool) -> bool:
     if event.alone or entry.turn:
         return False
     stored = (event.text, event.source, event.external, event.own)
@@ -316,7 +310,7 @@ def _is_same(event: SystemEvent, entry: Entry, is_own: bool) -> bool:
 _DUE_FIELDS: Final = ("due_at", "due_reason", "held_until", "held_by")
 
 
-def _bring_forward(session: Session, due: Due) -> None:
+def _bring_forward(session: Session | SessionRow, due: Due) -> None:
     """Make the session due at `due`, unless it is due earlier or backs off from a failure.
 
     Where its rate is limited now, it is due when that ends. What is due already takes the more
@@ -332,18 +326,18 @@ def _bring_forward(session: Session, due: Due) -> None:
         _lift_hold(session)
 
 
-def _rate_hold(session: Session) -> datetime | None:
+def _rate_hold(session: Session | SessionRow) -> datetime | None:
     return session.held_until if session.held_by == HoldReason.RATE else None
 
 
-def _hold_self_wake(session: Session, now: datetime) -> None:
+def _hold_self_wake(session: SessionRow, now: datetime) -> None:
     """Let the session wait for somebody else to wake it, or for the end of a long pause."""
     if session.due_at is None:
         session.due_at, session.due_reason = now + guards.SELF_WAKE_HOLD, DueReason.WAKE
         session.held_until, session.held_by = session.due_at, HoldReason.SELF_WAKES
 
 
-def _lift_hold(session: Session) -> None:
+def _lift_hold(session: Session | SessionRow) -> None:
     session.held_until, session.held_by = None, ""
 
 
@@ -560,13 +554,13 @@ def _next_batch(
         # A further attempt takes the batch that failed, whatever came since.
         queued = queued.filter(pk__lte=session.batch_through)
     of_turn = ("alone", "turn__name", "turn__deliver", "turn__timeout_seconds")
-    rows = queued.values_list(
+    found = queued.values_list(
         "pk", "uid", "text", "source", "external", "created_at", "own", *of_turn
     )
     taken: list[ClaimedEvent] = []
     all_own = True
     size = 0
-    for row in rows[:BATCH_EVENTS].iterator(chunk_size=50):
+    for row in found[:BATCH_EVENTS].iterator(chunk_size=50):
         event, own, alone = ClaimedEvent(*row[:6]), row[6], row[7]
         size += len(event.text.encode())
         if taken and (alone or size > BATCH_BYTES):
@@ -931,7 +925,7 @@ def keep_schedules(schedules: Mapping[SessionKey, datetime | None], *, now: date
         sessions = _locked_sessions(changed)
         for key, session in sessions.items():
             _put_on_schedule(session, schedules.get(key), now)
-        Session.objects.bulk_update(sessions.values(), _DUE_FIELDS)
+        rows.save_sessions(sessions.values())
         doorbell.ring([session.pk for session in sessions.values()])
 
 
@@ -950,7 +944,7 @@ def _is_off_schedule(
     return session.due_reason == DueReason.SCHEDULE and (is_late or is_gone)
 
 
-def _put_on_schedule(session: Session, next_scheduled: datetime | None, now: datetime) -> None:
+def _put_on_schedule(session: SessionRow, next_scheduled: datetime | None, now: datetime) -> None:
     if session.due_reason == DueReason.SCHEDULE:
         session.due_at, session.due_reason = None, ""
     if next_scheduled is not None:
