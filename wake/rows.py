@@ -6,14 +6,15 @@ database takes for it; these statements are written once and work on SQLite and 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
 from django.db import connection
 
+from wake import columns
 from wake.models import EventState, Session, SystemEvent
 from wake.session_keys import SessionKey
 
@@ -50,9 +51,16 @@ _SAVE_SESSION: Final = (
     f"UPDATE {_SESSIONS} SET queued = %s, attempts = %s, due_at = %s, due_reason = %s, "  # noqa: S608
     "held_until = %s, held_by = %s, last_event_at = %s WHERE id = %s"
 )
-_INSERT_EVENT: Final = (
-    f"INSERT INTO {_EVENTS} (uid, session_id, text, source, external, alone, own, state, "  # noqa: S608
-    "created_at) VALUES (%s, %s, %s, %s, %s, %s, %s, %s, %s)"
+_EVENT_COLUMNS: Final = (
+    "uid",
+    "session_id",
+    "text",
+    "source",
+    "external",
+    "alone",
+    "own",
+    "state",
+    "created_at",
 )
 
 
@@ -81,7 +89,7 @@ def lock_sessions(keys: Collection[SessionKey]) -> list[SessionRow]:
         agents = sorted({key.agent_id for key in part})
         rows += _fetch(
             f"SELECT {_SESSION_COLUMNS} FROM {_SESSIONS} "  # noqa: S608 - columns and marks only
-            f"WHERE agent_id IN ({_marks(agents)}) AND key IN ({_marks(part)}) "
+            f"WHERE agent_id IN ({columns.marks(agents)}) AND key IN ({columns.marks(part)}) "
             f"ORDER BY id{lock}",
             [*agents, *(key.key for key in part)],
             _session,
@@ -91,7 +99,7 @@ def lock_sessions(keys: Collection[SessionKey]) -> list[SessionRow]:
 
 def save_sessions(sessions: Iterable[SessionRow]) -> None:
     """Store what an arriving event changes of its session."""
-    moment = _stored_moment()
+    moment = columns.moments()
     with connection.cursor() as cursor:
         cursor.executemany(
             _SAVE_SESSION,
@@ -115,26 +123,25 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
     """Store new events as queued, in their order."""
     if not events:
         return
-    created_at = _stored_moment()(now)
-    queued = EventState.QUEUED.value
-    with connection.cursor() as cursor:
-        cursor.executemany(
-            _INSERT_EVENT,
-            [
-                (
-                    _uid(event.uid),
-                    event.session_id,
-                    event.text,
-                    event.source,
-                    event.external,
-                    event.alone,
-                    event.own,
-                    queued,
-                    created_at,
-                )
-                for event in events
-            ],
-        )
+    created_at = columns.moments()(now)
+    columns.insert(
+        _EVENTS,
+        _EVENT_COLUMNS,
+        (
+            (
+                columns.uuid(event.uid),
+                event.session_id,
+                event.text,
+                event.source,
+                event.external,
+                event.alone,
+                event.own,
+                EventState.QUEUED.value,
+                created_at,
+            )
+            for event in events
+        ),
+    )
 
 
 def newest_queued_events(session_ids: Sequence[int]) -> list[EventRow]:
@@ -149,7 +156,7 @@ def newest_queued_events(session_ids: Sequence[int]) -> list[EventRow]:
             "SELECT uid, session_id, text, source, external, alone, own, id "  # noqa: S608
             f"FROM {_EVENTS} WHERE id IN (SELECT (SELECT e.id FROM {_EVENTS} e "
             f"WHERE e.session_id = s.id AND e.state = 'queued' ORDER BY e.id DESC LIMIT 1) "
-            f"FROM {_SESSIONS} s WHERE s.id IN ({_marks(part)}))",
+            f"FROM {_SESSIONS} s WHERE s.id IN ({columns.marks(part)}))",
             part,
             _event,
         )
@@ -165,52 +172,25 @@ def _session(row: Sequence[Any]) -> SessionRow:
         key,
         queued,
         attempts,
-        _moment(due_at),
+        columns.moment_of(due_at),
         due_reason,
-        _moment(held_until),
+        columns.moment_of(held_until),
         held_by,
         own_runs,
         batch_through,
-        _moment(last_event_at),
+        columns.moment_of(last_event_at),
         lease_token,
     )
 
 
 def _event(row: Sequence[Any]) -> EventRow:
-    uid = row[0] if isinstance(row[0], UUID) else UUID(row[0])
-    return EventRow(uid, *row[1:])
+    return EventRow(columns.uuid_of(row[0]), *row[1:])
 
 
 def _fetch(statement: str, parameters: Sequence[Any], make: Any) -> list[Any]:
     with connection.cursor() as cursor:
         cursor.execute(statement, parameters)
         return [make(row) for row in cursor.fetchall()]
-
-
-def _moment(value: datetime | None) -> datetime | None:
-    # SQLite keeps UTC without saying so.
-    return value.replace(tzinfo=UTC) if value is not None and value.tzinfo is None else value
-
-
-def _stored_moment() -> Callable[[datetime | None], Any]:
-    """Return what makes a time as this database keeps it; as Django's own, for aware ones."""
-    return _in_text if connection.vendor == "sqlite" else _as_it_is
-
-
-def _in_text(value: datetime | None) -> str | None:
-    return None if value is None else str(value.astimezone(UTC).replace(tzinfo=None))
-
-
-def _as_it_is(value: datetime | None) -> datetime | None:
-    return value
-
-
-def _uid(value: UUID) -> UUID | str:
-    return value if connection.features.has_native_uuid_field else value.hex
-
-
-def _marks(values: Collection[Any]) -> str:
-    return ", ".join(["%s"] * len(values))
 
 
 def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:
