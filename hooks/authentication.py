@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from datetime import datetime
 from functools import partial
+from typing import Any
 
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication
@@ -51,16 +52,24 @@ class HookAuthentication(BaseAuthentication):
 
 def lower_case_headers(request: Request) -> dict[str, str]:
     """Return all headers of a request by lower-case name."""
+    headers: Any = request.headers
+    if type(headers) is dict:  # they are so already: see hooks.lane
+        return headers
     return {name.lower(): value for name, value in request.headers.items()}
+
+
+def is_use_noted(credential: Credential, now: datetime) -> bool:
+    """Whether there is nothing to note of a credential's use: this process did within a minute."""
+    if credential.token_id is None:
+        return True
+    noted = _noted.get(credential.token_id)
+    return noted is not None and now - noted < USE_NOTED_EVERY
 
 
 def note_use(credential: Credential, now: datetime) -> None:
     """Store when a token was used, once a minute at most."""
     token_id = credential.token_id
-    if token_id is None:
-        return
-    noted = _noted.get(token_id)
-    if noted is not None and now - noted < USE_NOTED_EVERY:
+    if token_id is None or is_use_noted(credential, now):
         return
     _noted[token_id] = now
     tokens.note_use(HookToken, token_id, now)

@@ -6,10 +6,9 @@ that recording costs no commit of its own. What is refused is recorded after it 
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
@@ -27,12 +26,13 @@ from hooks.decisions import Decision, Matched, Step, decide, require_hook
 from hooks.errors import NotAuthorized
 from hooks.models import DeliveryOutcome, HookDelivery, KeepBodies
 from hooks.template import HookRequest, carries_credential, visible_headers
-from wake import configuration, metrics
+from wake import columns, configuration, metrics
 from wake.configuration import GatewayConfiguration
 from wake.dispatch import Receipt, WakeRequest, dispatch_batch
 from wake.errors import StorageUnavailable, WakeError
 
 DOOR: Final = "hook"
+
 _FAILURES: Final = (DeliveryOutcome.REFUSED, DeliveryOutcome.FAILED)
 
 logger = logging.getLogger(__name__)
@@ -74,14 +74,89 @@ class Arrival:
         )
 
 
-def take(arrival: Arrival) -> tuple[Answer, HookDelivery]:
-    """Decide about a request, store what it asks for, and return the answer and the record of it.
+@dataclass(slots=True)
+class Draft:
+    """The record of a request while it is made; the fields are those of HookDelivery."""
+
+    uid: UUID
+    received_at: datetime
+    client: str
+    credential: str
+    credential_mappings: list[int] | None
+    path: str
+    replay_of_id: int | None
+    mapping_id: int | None = None
+    mapping_name: str = ""
+    idempotency_key: str = ""
+    milliseconds: float = 0.0
+    status: int = 0
+    outcome: DeliveryOutcome = DeliveryOutcome.FAILED
+    error: str = ""
+    answer: dict[str, Any] | None = None
+    has_body: bool = False
+    body: bytes | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    query: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Accepted:
+    """A request that is to be stored: what it asks for, and the record of it.
+
+    `digest` stands for its idempotency key, if it has one.
+    """
+
+    arrival: Arrival
+    draft: Draft
+    decision: Decision
+    digest: str | None
+    snapshot: HookConfiguration
+
+
+@dataclass(frozen=True, slots=True)
+class Settled:
+    """A request with its answer. What was accepted is recorded already (`is_recorded`)."""
+
+    answer: Answer
+    draft: Draft
+    is_recorded: bool
+
+
+def take(arrival: Arrival) -> Settled:
+    """Decide about a request, store what it asks for, and return the answer.
 
     The record is stored with what was accepted; of what was refused it is not stored yet
     (`record`). Raises NotAuthorized alone: what the credential does not open leaves no record.
     """
+    begun = begin(arrival)
+    if isinstance(begun, Accepted):
+        return store([begun])[0]
+    if outcome := _COUNTED_AS.get(begun.draft.outcome):
+        metrics.note_wake(DOOR, outcome, _wakes_in(begun.draft.answer or {}))
+    return begun
+
+
+# What becomes of a request that is not stored; what `dispatch` refuses, it counts itself.
+_COUNTED_AS: Final = {
+    DeliveryOutcome.REFUSED: "refused",
+    DeliveryOutcome.FAILED: "failed",
+    DeliveryOutcome.REPLAYED: "replayed",
+}
+
+
+def _wakes_in(answer: Mapping[str, Any]) -> int:
+    """Return how many wakes an answer stands for."""
+    return len(answer.get("results", [answer]))
+
+
+def begin(arrival: Arrival) -> Accepted | Settled:
+    """Decide about a request. Nothing is stored; of what is to be, nothing is read.
+
+    A refused request is looked up under its idempotency key: it may have been accepted once.
+    Raises NotAuthorized alone.
+    """
     snapshot, gateway = hooks(), configuration.gateway()
-    draft = HookDelivery(
+    draft = Draft(
         uid=arrival.uid,
         received_at=arrival.received_at,
         client=arrival.client,
@@ -93,91 +168,117 @@ def take(arrival: Arrival) -> tuple[Answer, HookDelivery]:
         replay_of_id=arrival.replay_of,
     )
     try:
-        answer = _answer(arrival, draft, snapshot, gateway)
+        accepted = _decide(arrival, draft, snapshot, gateway)
     except NotAuthorized:
         raise
     except WakeError as error:
         answer = answers.of_error(error)
-    if draft.pk is None:
-        _complete(draft, answer, arrival, snapshot)
-    return answer, draft
+    else:
+        if isinstance(accepted, Accepted):
+            return accepted
+        answer = accepted
+    _complete(draft, answer, arrival, snapshot)
+    return Settled(answer, draft, is_recorded=False)
 
 
-def _answer(
+def _decide(
     arrival: Arrival,
-    draft: HookDelivery,
+    draft: Draft,
     snapshot: HookConfiguration,
     gateway: GatewayConfiguration,
-) -> Answer:
+) -> Accepted | Answer:
+    require_hook(arrival.path, snapshot)
+    if arrival.fault:
+        raise arrival.fault
+    payload = decode_json(arrival.body)
+
     def watch(step: Step) -> None:
         if isinstance(step, Matched) and step.mapping:
             draft.mapping_id, draft.mapping_name = step.mapping.id, step.mapping.name
 
-    with _refusals_counted():
-        require_hook(arrival.path, snapshot)
-        if arrival.fault:
-            raise arrival.fault
-        payload = decode_json(arrival.body)
-        digest = None
-        # A person who sends a delivery again wants it done again.
-        if arrival.replay_of is None and (
-            key := idempotency.key_of(arrival.headers, payload, arrival.credential.scheme)
-        ):
-            draft.idempotency_key = _storable(key)[:200]
-            # No path is signed: under another one, a signed request is still the same.
-            is_signed = arrival.credential.scheme in idempotency.WITH_SIGNED_ID
-            path = "" if is_signed else arrival.path
-            digest = idempotency.digest_of(arrival.credential.key, path, key)
-        request = arrival.request(payload, snapshot)
-        try:
-            decision = decide(request, arrival.credential, snapshot, gateway, watch=watch)
-        except NotAuthorized:
-            raise
-        except WakeError:
-            # What was accepted once is not refused when it comes again, whatever was changed since.
-            if digest and (first := _first_answer(digest, arrival.received_at)):
-                metrics.note_wake(DOOR, "replayed", _wakes_in(first))
-                return answers.of_replay(first)
-            raise
+    digest = None
+    # A person who sends a delivery again wants it done again.
+    if arrival.replay_of is None and (
+        key := idempotency.key_of(arrival.headers, payload, arrival.credential.scheme)
+    ):
+        draft.idempotency_key = _storable(key)[:200]
+        # No path is signed: under another one, a signed request is still the same.
+        is_signed = arrival.credential.scheme in idempotency.WITH_SIGNED_ID
+        path = "" if is_signed else arrival.path
+        digest = idempotency.digest_of(arrival.credential.key, path, key)
+    try:
+        decision = decide(
+            arrival.request(payload, snapshot), arrival.credential, snapshot, gateway, watch=watch
+        )
+    except NotAuthorized:
+        raise
+    except WakeError:
+        # What was accepted once is not refused when it comes again, whatever was changed since.
+        if digest and (first := _first_answer(digest, arrival.received_at)):
+            return answers.of_replay(first)
+        raise
     if not decision.wakes:
         return answers.of_nothing(decision)
+    return Accepted(arrival, draft, decision, digest, snapshot)
+
+
+def store(batch: Sequence[Accepted]) -> list[Settled]:
+    """Store what requests ask for, each of them whole or not at all; return them settled.
+
+    Those that are one wake and have no idempotency key share a transaction; the others have one
+    each. Raises nothing: what could not be stored is answered so, and not recorded yet.
+    """
+    settled: dict[int, Settled] = {}
+    plain = [place for place, accepted in enumerate(batch) if _is_plain(accepted)]
+    if len(plain) > 1:
+        together = _store_together([batch[place] for place in plain])
+        settled = dict(zip(plain, together, strict=True))
+    return [
+        settled[place] if place in settled else _store_alone(accepted)
+        for place, accepted in enumerate(batch)
+    ]
+
+
+def _is_plain(accepted: Accepted) -> bool:
+    return accepted.digest is None and len(accepted.decision.wakes) == 1
+
+
+def _store_together(batch: Sequence[Accepted]) -> list[Settled]:
+    """Store requests of one wake each: events and records in one transaction.
+
+    One that is refused (its session is full) undoes no other.
+    """
     try:
-        return _store(arrival, decision, digest, draft, snapshot)
-    except DatabaseError as error:
-        metrics.note_wake(DOOR, "failed")
-        raise StorageUnavailable("the event could not be stored now; try again") from error
+        with transaction.atomic():
+            results = dispatch_batch([accepted.decision.wakes[0] for accepted in batch])
+            answered = [
+                answers.of_error(result)
+                if isinstance(result, WakeError)
+                else answers.of_receipts(accepted.decision, [result])
+                for accepted, result in zip(batch, results, strict=True)
+            ]
+            for accepted, answer in zip(batch, answered, strict=True):
+                _complete(accepted.draft, answer, accepted.arrival, accepted.snapshot)
+            _record([accepted.draft for accepted in batch])
+    except StorageUnavailable:
+        return [_unstored(accepted) for accepted in batch]
+    except DatabaseError:
+        metrics.note_wake(DOOR, "failed", len(batch))
+        return [_unstored(accepted) for accepted in batch]
+    return [
+        Settled(answer, accepted.draft, is_recorded=True)
+        for accepted, answer in zip(batch, answered, strict=True)
+    ]
 
 
-@contextlib.contextmanager
-def _refusals_counted() -> Iterator[None]:
-    """Count what is refused in here; what `dispatch` refuses, it counts itself."""
-    try:
-        yield
-    except NotAuthorized:
-        raise  # as every wrong credential is: by the view
-    except WakeError as error:
-        metrics.note_wake(DOOR, "failed" if answers.of_error(error).status >= 500 else "refused")
-        raise
-
-
-def _wakes_in(first: dict[str, Any]) -> int:
-    """Return how many wakes the first answer to an idempotency key stands for."""
-    return len(first.get("results", [first]))
-
-
-def _store(
-    arrival: Arrival,
-    decision: Decision,
-    digest: str | None,
-    draft: HookDelivery,
-    snapshot: HookConfiguration,
-) -> Answer:
-    """Store all of it or nothing, in one transaction.
+def _store_alone(accepted: Accepted) -> Settled:
+    """Store all of a request or nothing, in one transaction.
 
     1. Claim the idempotency key; a request that came before has the answer.
     2. Store the events. One that is refused (its session is full) undoes the others.
     3. Keep the answer under the key, record the delivery, clear the client's failed credentials.
     """
+    arrival, digest, draft = accepted.arrival, accepted.digest, accepted.draft
     replayed = metrics.Counts()
     try:
         with transaction.atomic():
@@ -186,18 +287,28 @@ def _store(
                 answer = answers.of_replay(first)
                 replayed.wake(DOOR, "replayed", _wakes_in(first))
             else:
-                answer = answers.of_receipts(decision, _dispatch_all(decision.wakes))
+                answer = answers.of_receipts(
+                    accepted.decision, _dispatch_all(accepted.decision.wakes)
+                )
                 if digest:
                     idempotency.keep(digest, dict(answer.body or {}))
-            _complete(draft, answer, arrival, snapshot)
-            draft.save(force_insert=True)
-            _clear_failures(draft)
+            _complete(draft, answer, arrival, accepted.snapshot)
+            _record([draft])
             replayed.write()
-    except (WakeError, DatabaseError):
-        draft.pk = None  # whatever was stored is undone
-        draft._state.adding = True
-        raise
-    return answer
+    except DatabaseError:
+        metrics.note_wake(DOOR, "failed", len(accepted.decision.wakes))
+        return _unstored(accepted)
+    except WakeError as error:
+        answer = answers.of_error(error)
+        _complete(draft, answer, arrival, accepted.snapshot)
+        return Settled(answer, draft, is_recorded=False)
+    return Settled(answer, draft, is_recorded=True)
+
+
+def _unstored(accepted: Accepted) -> Settled:
+    answer = answers.of_error(StorageUnavailable("the event could not be stored now; try again"))
+    _complete(accepted.draft, answer, accepted.arrival, accepted.snapshot)
+    return Settled(answer, accepted.draft, is_recorded=False)
 
 
 def _dispatch_all(wakes: tuple[WakeRequest, ...]) -> list[Receipt]:
@@ -216,9 +327,7 @@ def _first_answer(digest: str, now: datetime) -> dict[str, Any] | None:
         return None
 
 
-def _complete(
-    draft: HookDelivery, answer: Answer, arrival: Arrival, snapshot: HookConfiguration
-) -> None:
+def _complete(draft: Draft, answer: Answer, arrival: Arrival, snapshot: HookConfiguration) -> None:
     draft.milliseconds = round((time.monotonic() - arrival.began) * 1000, 3)
     draft.status = answer.status
     draft.outcome = answer.outcome
@@ -237,20 +346,71 @@ def _complete(
         )
 
 
-def record(delivery: HookDelivery) -> None:
+def record(draft: Draft) -> None:
     """Store the record of a request that was not accepted. Failing to do so is only logged."""
     try:
         with transaction.atomic():
-            delivery.save(force_insert=True)
-            _clear_failures(delivery)
+            _record([draft])
     except DatabaseError as error:
-        logger.warning("hooks: delivery %s is not recorded: %s", delivery.uid, error)
+        logger.warning("hooks: delivery %s is not recorded: %s", draft.uid, error)
 
 
-def _clear_failures(delivery: HookDelivery) -> None:
+_COLUMNS: Final = (
+    "uid",
+    "received_at",
+    "milliseconds",
+    "client",
+    "credential",
+    "credential_mappings",
+    "path",
+    "mapping_id",
+    "mapping_name",
+    "status",
+    "outcome",
+    "error",
+    "answer",
+    "idempotency_key",
+    "replay_of_id",
+    "has_body",
+    "body",
+    "headers",
+    "query",
+)
+
+
+def _record(drafts: Sequence[Draft]) -> None:
+    """Store records, and forget the wrong credentials of their clients."""
+    moment = columns.moments()
+    columns.insert(
+        HookDelivery._meta.db_table,
+        _COLUMNS,
+        (
+            (
+                columns.uuid(draft.uid),
+                moment(draft.received_at),
+                draft.milliseconds,
+                draft.client,
+                draft.credential,
+                columns.json_text(draft.credential_mappings),
+                draft.path,
+                draft.mapping_id,
+                draft.mapping_name,
+                draft.status,
+                draft.outcome.value,
+                draft.error,
+                columns.json_text(draft.answer),
+                draft.idempotency_key,
+                draft.replay_of_id,
+                draft.has_body,
+                draft.body,
+                columns.json_text(draft.headers),
+                columns.json_text(draft.query),
+            )
+            for draft in drafts
+        ),
+    )
     # A replay is a person's; its client has shown nothing.
-    if delivery.replay_of_id is None:
-        throttling.clear(delivery.client)
+    throttling.clear({draft.client for draft in drafts if draft.replay_of_id is None})
 
 
 def arrival_again(delivery: HookDelivery, now: datetime) -> Arrival:
@@ -282,10 +442,10 @@ def replay(delivery: HookDelivery, now: datetime) -> HookDelivery:
 
     Raises NotReplayable, and NotAuthorized when today's mapping is not open to its credential.
     """
-    _, made = take(arrival_again(delivery, now))
-    if made.pk is None:
-        record(made)
-    return made
+    settled = take(arrival_again(delivery, now))
+    if not settled.is_recorded:
+        record(settled.draft)
+    return HookDelivery.objects.get(uid=settled.draft.uid)
 
 
 def _storable(text: str) -> str:

@@ -106,9 +106,11 @@ def _note_failure(counted_as: str, now: datetime) -> int | None:
     return wait
 
 
-def clear(client: str) -> None:
-    """Forget the wrong credentials of a client that has shown a right one: one DELETE."""
-    FailedCredentials.objects.filter(pk=throttled_as(client)).delete()
+def clear(clients: Iterable[str]) -> None:
+    """Forget the wrong credentials of clients that have shown a right one: one DELETE."""
+    counted_as = {throttled_as(client) for client in clients}
+    if counted_as:
+        FailedCredentials.objects.filter(pk__in=counted_as).delete()
 
 
 def prune(now: datetime) -> int:

@@ -17,7 +17,9 @@ os.environ.setdefault("DJANGO_SETTINGS_MODULE", "openclaw_site.settings")
 # First of all: it sets Django up, without which no model can be imported.
 django_application = get_asgi_application()
 
+from hooks import lane  # noqa: E402
 from hooks.bodies import BodyLimit  # noqa: E402
+from hooks.lane import HookLane  # noqa: E402
 from wake.gateway.connection import Connection  # noqa: E402
 from wake.lifespan import Lifespan  # noqa: E402
 
@@ -25,7 +27,7 @@ connection = Connection.as_asgi()
 
 application = ProtocolTypeRouter(
     {
-        "http": BodyLimit(django_application),  # type: ignore[arg-type] # Django types its scopes loosely
+        "http": BodyLimit(HookLane(django_application)),  # type: ignore[arg-type] # Django's are loose
         "websocket": URLRouter(
             [
                 path("", connection),
@@ -33,6 +35,6 @@ application = ProtocolTypeRouter(
                 re_path("", WebsocketDenier.as_asgi()),
             ]
         ),
-        "lifespan": Lifespan(),
+        "lifespan": Lifespan(lane.writer.running),
     }
 )

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+from collections.abc import Callable
 from typing import Final
 
 from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
@@ -19,6 +20,7 @@ from wake import configuration, metrics, upkeep
 from wake.heartbeats import pulse
 from wake.heartbeats.loop import HeartbeatLoop
 from wake.heartbeats.worker import Worker
+from wake.limits import settle_memory
 from wake.models import RunnerKind
 
 # Set to 0 by `manage.py gateway --no-heartbeats`, for every worker process it starts.
@@ -31,7 +33,13 @@ def _write_noted() -> None:
 
 
 class Lifespan:
-    """An ASGI application for the scope `lifespan`."""
+    """An ASGI application for the scope `lifespan`.
+
+    `besides` are what other parts of the site have running, as long as the server does.
+    """
+
+    def __init__(self, *besides: Callable[[], contextlib.AbstractContextManager[object]]) -> None:
+        self._besides = besides
 
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -45,11 +53,14 @@ class Lifespan:
                 await asyncio.to_thread(beside.enter_context, configuration.keep_fresh())
                 beside.callback(_write_noted)
                 beside.enter_context(upkeep.keep_up())
+                for another in self._besides:
+                    beside.enter_context(another())
                 # Clients of the inbox runner are connected here, and reached from nowhere else.
                 is_all = os.environ.get(HEARTBEATS_VARIABLE, "1") != "0"
                 heartbeats = Worker() if is_all else HeartbeatLoop(kinds={RunnerKind.INBOX})
                 pulse.expect(True)
                 serving = asyncio.create_task(heartbeats.run())
+                settle_memory()
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
                 if heartbeats and serving:

@@ -1,0 +1,253 @@
+"""The short way of a hook that is accepted: on the event loop, to the batching writer.
+
+The same view decides about it, from what is held in memory. What is accepted waits for a commit
+that it shares with others; whatever else a request comes to, Django's handler takes it from the
+start, on a thread, where one may wait for the database. So this way knows no answer of its own but
+the receipt, and "too busy".
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
+from typing import Any, Final, cast
+
+import msgspec
+from asgiref.typing import (
+    ASGI3Application,
+    ASGIReceiveCallable,
+    ASGIReceiveEvent,
+    ASGISendCallable,
+    HTTPScope,
+    Scope,
+)
+from django.conf import settings
+from django.http import HttpRequest, HttpResponse, QueryDict
+from django.http.request import split_domain_port, validate_host
+from django.http.response import HttpResponseBase
+from django.utils.module_loading import import_string
+from rest_framework.request import Request
+
+from hooks import answers, deliveries
+from hooks.answers import Answer
+from hooks.authentication import is_use_noted, note_use
+from hooks.configuration import hooks
+from hooks.deliveries import Accepted, Settled
+from hooks.views import HookView
+from wake.errors import WakeError
+from wake.threads import call_in
+from wake.writer import BatchingWriter
+
+logger = logging.getLogger(__name__)
+
+writer: Final[BatchingWriter[Accepted, Settled]] = BatchingWriter(deliveries.store)
+
+# What is done after an answer, and seldom: a token's use, the record of what was not accepted.
+_afterwards = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hooks-afterwards")
+
+
+class _Begun(HttpResponseBase):
+    """What a view returns here in place of an answer: what is still to be stored."""
+
+    def __init__(self, accepted: Accepted) -> None:
+        super().__init__()
+        self.accepted = accepted
+
+
+class _NotHere(Exception):
+    """The request comes to something else than being accepted."""
+
+
+class _LaneView(HookView):
+    """The view of hooks, up to where it would store."""
+
+    def post(self, request: Request, path: str) -> HttpResponseBase:
+        begun = deliveries.begin(self.arrival(request, path))
+        if not isinstance(begun, Accepted):
+            raise _NotHere
+        return _Begun(begun)
+
+    def handle_exception(self, exc: Exception) -> Any:
+        raise exc
+
+
+class _LaneRequest(HttpRequest):
+    """A request as the view sees it, made of its scope at little cost."""
+
+    def __init__(self, scope: HTTPScope, path: str, body: bytes) -> None:
+        # Not Django's own, which makes much that no hook uses.
+        self.method = scope["method"]
+        self.path = self.path_info = path
+        self.META = {"REMOTE_ADDR": scope["client"][0] if scope["client"] else ""}
+        self.GET = QueryDict(scope["query_string"], encoding="utf-8")
+        self.headers = _headers(scope)  # type: ignore[assignment] # by lower-case name
+        self._hook_body = body
+        self._messages = None
+
+
+def _headers(scope: HTTPScope) -> dict[str, str]:
+    """Return the headers by lower-case name; values of one that comes twice are joined."""
+    headers: dict[str, str] = {}
+    for raw_name, raw_value in scope["headers"]:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    return headers
+
+
+class HookLane:
+    """ASGI application around Django's that takes the short way where it can."""
+
+    def __init__(self, application: ASGI3Application) -> None:
+        self._application = application
+        self._view = _LaneView.as_view()
+
+    async def __call__(
+        self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
+    ) -> None:
+        path = _hook_path(scope) if scope["type"] == "http" and writer.is_running else None
+        if path is None or scope["type"] != "http":
+            await self._application(scope, receive, send)
+            return
+        body, received = await _read(receive)
+        accepted = None if body is None else self._begin(scope, path, body)
+        if accepted is None:
+            await self._application(scope, _again(received, receive), send)
+            return
+        await _send(await _stored(accepted), send)
+
+    def _begin(self, scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
+        """Return what the view makes of a request, or None where it is not for the short way."""
+        if len(body) > hooks().max_body_bytes:
+            return None
+        try:
+            response = self._view(_LaneRequest(scope, scope["path"], body), path=path)
+        except Exception:  # whatever it is, the other way finds it too, and answers it
+            return None
+        return response.accepted if isinstance(response, _Begun) else None
+
+
+def _hook_path(scope: HTTPScope) -> str | None:
+    """Return the hook's path below the base path, or None where Django is to look first.
+
+    That is what its middleware would answer: an unknown Host, a NUL character, anything with a
+    cookie. Hooks have none.
+    """
+    if scope["method"] != "POST" or b"%00" in scope["query_string"] or "\0" in scope["path"]:
+        return None
+    path = hooks().relative_path(scope["path"].removeprefix(scope.get("root_path", "")))
+    if path is None:
+        return None
+    host = b""
+    for name, value in scope["headers"]:
+        if name == b"host":
+            host = value
+        elif name in {b"cookie", b"upgrade"}:
+            return None
+    return path if _is_known(host.decode("latin-1"), tuple(settings.ALLOWED_HOSTS)) else None
+
+
+@lru_cache(maxsize=256)
+def _is_known(host: str, allowed: Sequence[str]) -> bool:
+    domain, _ = split_domain_port(host)
+    return bool(domain) and validate_host(domain, list(allowed))
+
+
+async def _read(receive: ASGIReceiveCallable) -> tuple[bytes | None, list[ASGIReceiveEvent]]:
+    """Return the whole body and the events it came in; None for a client that left before."""
+    received: list[ASGIReceiveEvent] = []
+    while True:
+        event = await receive()
+        received.append(event)
+        if event["type"] != "http.request":
+            return None, received
+        if not event.get("more_body", False):
+            parts = [part.get("body", b"") for part in received if part["type"] == "http.request"]
+            return parts[0] if len(parts) == 1 else b"".join(parts), received
+
+
+def _again(
+    received: Sequence[ASGIReceiveEvent], receive: ASGIReceiveCallable
+) -> ASGIReceiveCallable:
+    """Return a `receive` that gives what was received once more, and then what comes."""
+    left = iter(received)
+
+    async def receive_again() -> ASGIReceiveEvent:
+        for event in left:
+            return event
+        return await receive()
+
+    return receive_again
+
+
+async def _stored(accepted: Accepted) -> Answer:
+    """Return the answer to a request once it is stored, or why it cannot be."""
+    try:
+        settled = await writer.put(accepted)
+    except WakeError as error:
+        return answers.of_error(error)
+    if not settled.is_recorded:
+        _later(deliveries.record, settled.draft)
+    arrival = accepted.arrival
+    if not is_use_noted(arrival.credential, arrival.received_at):
+        _later(note_use, arrival.credential, arrival.received_at)
+    return settled.answer
+
+
+_under_way: set[asyncio.Task[None]] = set()
+
+
+def _later(do: Callable[..., None], *arguments: Any) -> None:
+    async def call() -> None:
+        with contextlib.suppress(RuntimeError):  # the process ends
+            await call_in(_afterwards, do, *arguments)
+
+    task = asyncio.create_task(call())
+    _under_way.add(task)
+    task.add_done_callback(_under_way.discard)
+
+
+async def _send(answer: Answer, send: ASGISendCallable) -> None:
+    body = msgspec.json.encode(answer.body)
+    headers = [
+        *_standing_headers(),
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+    ]
+    if answer.retry_after_seconds is not None:
+        headers.append((b"retry-after", str(answer.retry_after_seconds).encode()))
+    await send(
+        {
+            "type": "http.response.start",
+            "status": answer.status,
+            "headers": headers,
+            "trailers": False,
+        }
+    )
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+@lru_cache(maxsize=1)
+def _standing_headers() -> tuple[tuple[bytes, bytes], ...]:
+    """Return what the site's middleware puts on every answer to a hook."""
+
+    def answer(request: HttpRequest) -> HttpResponseBase:
+        response = HttpResponse(content_type="application/json")
+        response["Allow"] = "POST"
+        return response
+
+    handler: Callable[[HttpRequest], HttpResponseBase] = answer
+    for name in reversed(settings.MIDDLEWARE):
+        handler = import_string(name)(handler)
+    request = HttpRequest()
+    request.method, request.path, request.path_info = "POST", "/", "/"
+    request.META = {"SERVER_NAME": "localhost", "SERVER_PORT": "80"}
+    response = cast("HttpResponse", handler(request))
+    return tuple(
+        (name.lower().encode("latin-1"), value.encode("latin-1"))
+        for name, value in response.items()
+        if name.lower() not in {"content-type", "content-length"}
+    )
