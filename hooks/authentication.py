@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from datetime import datetime
 from functools import partial
-from typing import Any
 
 from django.utils import timezone
 from rest_framework.authentication import BaseAuthentication
@@ -32,15 +32,12 @@ class HookAuthentication(BaseAuthentication):
     """
 
     def authenticate(self, request: Request) -> tuple[None, Credential]:
-        snapshot, now = hooks(), timezone.now()
         path = request.parser_context["kwargs"]["path"]
-        credential = credentials.find(
-            snapshot,
+        credential = credential_of(
             path,
-            on_path(snapshot.mappings, path),
             lower_case_headers(request),
-            partial(read_body, request, snapshot.max_body_bytes),
-            now,
+            partial(read_body, request, hooks().max_body_bytes),
+            timezone.now(),
         )
         if credential is None:
             raise AuthenticationFailed
@@ -50,11 +47,20 @@ class HookAuthentication(BaseAuthentication):
         return "Bearer"
 
 
+def credential_of(
+    path: str, headers: Mapping[str, str], read: Callable[[], bytes], now: datetime
+) -> Credential | None:
+    """Return the right credential that a request at a hook's path shows, or None.
+
+    `headers` are by lower-case name; `read` returns the body. Raises what `read` raises.
+    """
+    snapshot = hooks()
+    mappings = on_path(snapshot.mappings, path)
+    return credentials.find(snapshot, path, mappings, headers, read, now)
+
+
 def lower_case_headers(request: Request) -> dict[str, str]:
     """Return all headers of a request by lower-case name."""
-    headers: Any = request.headers
-    if type(headers) is dict:  # they are so already: see hooks.lane
-        return headers
     return {name.lower(): value for name, value in request.headers.items()}
 
 

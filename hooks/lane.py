@@ -1,18 +1,22 @@
 """The short way of a hook that is accepted: on the event loop, to the batching writer.
 
-The same view decides about it, from what is held in memory. What is accepted waits for a commit
-that it shares with others; whatever else a request comes to, Django's handler takes it from the
-start, on a thread, where one may wait for the database. So this way knows no answer of its own but
-the receipt, and "too busy".
+It asks what the view asks, in the same order: the query, the credential, the decision; all of it is
+held in memory. What is accepted waits for a commit that it shares with others. Whatever else a
+request comes to, Django's handler and the view take it from the start, on a thread, where one may
+wait for the database. So this way knows no answer of its own but the receipt, and "too busy".
+
+It goes past REST framework as well: a request object, a response object and what is asked of them
+take longer than all that is decided here.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
+import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final, cast
 
@@ -30,63 +34,21 @@ from django.http import HttpRequest, HttpResponse, QueryDict
 from django.http.request import split_domain_port, validate_host
 from django.http.response import HttpResponseBase
 from django.utils.module_loading import import_string
-from rest_framework.request import Request
 
-from hooks import answers, deliveries
+from hooks import answers, deliveries, throttling
 from hooks.answers import Answer
-from hooks.authentication import is_use_noted, note_use
+from hooks.authentication import credential_of, is_use_noted, note_use
 from hooks.configuration import hooks
-from hooks.deliveries import Accepted, Settled
-from hooks.views import HookView
+from hooks.credentials import refuse_in_query
+from hooks.deliveries import Accepted, Arrival, Settled
 from wake.errors import WakeError
 from wake.threads import call_in
 from wake.writer import BatchingWriter
-
-logger = logging.getLogger(__name__)
 
 writer: Final[BatchingWriter[Accepted, Settled]] = BatchingWriter(deliveries.store)
 
 # What is done after an answer, and seldom: a token's use, the record of what was not accepted.
 _afterwards = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hooks-afterwards")
-
-
-class _Begun(HttpResponseBase):
-    """What a view returns here in place of an answer: what is still to be stored."""
-
-    def __init__(self, accepted: Accepted) -> None:
-        super().__init__()
-        self.accepted = accepted
-
-
-class _NotHere(Exception):
-    """The request comes to something else than being accepted."""
-
-
-class _LaneView(HookView):
-    """The view of hooks, up to where it would store."""
-
-    def post(self, request: Request, path: str) -> HttpResponseBase:
-        begun = deliveries.begin(self.arrival(request, path))
-        if not isinstance(begun, Accepted):
-            raise _NotHere
-        return _Begun(begun)
-
-    def handle_exception(self, exc: Exception) -> Any:
-        raise exc
-
-
-class _LaneRequest(HttpRequest):
-    """A request as the view sees it, made of its scope at little cost."""
-
-    def __init__(self, scope: HTTPScope, path: str, body: bytes) -> None:
-        # Not Django's own, which makes much that no hook uses.
-        self.method = scope["method"]
-        self.path = self.path_info = path
-        self.META = {"REMOTE_ADDR": scope["client"][0] if scope["client"] else ""}
-        self.GET = QueryDict(scope["query_string"], encoding="utf-8")
-        self.headers = _headers(scope)  # type: ignore[assignment] # by lower-case name
-        self._hook_body = body
-        self._messages = None
 
 
 def _headers(scope: HTTPScope) -> dict[str, str]:
@@ -103,7 +65,6 @@ class HookLane:
 
     def __init__(self, application: ASGI3Application) -> None:
         self._application = application
-        self._view = _LaneView.as_view()
 
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
@@ -113,21 +74,40 @@ class HookLane:
             await self._application(scope, receive, send)
             return
         body, received = await _read(receive)
-        accepted = None if body is None else self._begin(scope, path, body)
+        accepted = None if body is None else _begin(scope, path, body)
         if accepted is None:
             await self._application(scope, _again(received, receive), send)
             return
         await _send(await _stored(accepted), send)
 
-    def _begin(self, scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
-        """Return what the view makes of a request, or None where it is not for the short way."""
-        if len(body) > hooks().max_body_bytes:
+
+def _begin(scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
+    """Return what a request asks for, or None where it is not simply accepted."""
+    now, began = datetime.now(UTC), time.monotonic()
+    if len(body) > hooks().max_body_bytes:
+        return None
+    headers = _headers(scope)
+    try:
+        query = QueryDict(scope["query_string"]).dict() if scope["query_string"] else {}
+        refuse_in_query(query)
+        credential = credential_of(path, headers, lambda: body, now)
+        if credential is None:
             return None
-        try:
-            response = self._view(_LaneRequest(scope, scope["path"], body), path=path)
-        except Exception:  # whatever it is, the other way finds it too, and answers it
-            return None
-        return response.accepted if isinstance(response, _Begun) else None
+        begun = deliveries.begin(
+            Arrival(
+                path=path,
+                body=body,
+                headers=headers,
+                query=query,
+                credential=credential,
+                client=throttling.client_of({"REMOTE_ADDR": (scope["client"] or ("",))[0]}),
+                received_at=now,
+                began=began,
+            )
+        )
+    except Exception:  # whatever it is, the view finds it too, and answers it
+        return None
+    return begun if isinstance(begun, Accepted) else None
 
 
 def _hook_path(scope: HTTPScope) -> str | None:

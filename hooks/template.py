@@ -22,6 +22,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import lru_cache
 from typing import Any, Final
 from uuid import UUID
 
@@ -83,6 +84,7 @@ def visible_headers(
     }
 
 
+@lru_cache(maxsize=1024)
 def carries_credential(name: str) -> bool:
     """Whether the name of a header or parameter says that it proves who sent the request."""
     return bool(_CREDENTIAL_NAME.search(name))

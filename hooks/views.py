@@ -50,22 +50,12 @@ class HookView(APIView):
 
     def post(self, request: Request, path: str) -> HttpResponseBase:
         """Store what the request asks for and answer with its receipt."""
-        arrival = self.arrival(request, path)
-        settled = deliveries.take(arrival)
-        response = _response(settled.answer)
-        _afterwards(response, partial(note_use, arrival.credential, arrival.received_at))
-        if not settled.is_recorded:
-            _afterwards(response, partial(deliveries.record, settled.draft))
-        return response
-
-    def arrival(self, request: Request, path: str) -> Arrival:
-        """Return the request as decisions see it; its credential is right."""
         body, fault = b"", None
         try:
             body = read_body(request, hooks().max_body_bytes)
         except BodyTooLarge as error:
             fault = error
-        return Arrival(
+        arrival = Arrival(
             path=path,
             body=body,
             headers=lower_case_headers(request),
@@ -76,6 +66,12 @@ class HookView(APIView):
             fault=fault,
             began=self._began,
         )
+        settled = deliveries.take(arrival)
+        response = _response(settled.answer)
+        _afterwards(response, partial(note_use, arrival.credential, arrival.received_at))
+        if not settled.is_recorded:
+            _afterwards(response, partial(deliveries.record, settled.draft))
+        return response
 
     def handle_exception(self, exc: Exception) -> Response:
         """Answer a wrong credential with 401, or with 429 where there were too many."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
 from typing import Any
 from uuid import UUID
 
+import msgspec
 from django.db import connection
 
 
@@ -41,7 +41,7 @@ def uuid_of(stored: UUID | str) -> UUID:
 
 def json_text(value: Any) -> str | None:
     """Return a value of a JSONField; None stays the database's null."""
-    return None if value is None else json.dumps(value)
+    return None if value is None else msgspec.json.encode(value).decode()
 
 
 def insert(table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:

@@ -1,7 +1,8 @@
-"""What the operating system lets this process have."""
+"""What the operating system lets this process have, and what it does with it."""
 
 from __future__ import annotations
 
+import gc
 import resource
 from typing import Final
 
@@ -17,3 +18,14 @@ def raise_open_files_limit() -> None:
     wanted = WANTED_OPEN_FILES if hard == resource.RLIM_INFINITY else min(WANTED_OPEN_FILES, hard)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+
+
+def settle_memory() -> None:
+    """Look at what was made at the start no more, and seldom at the rest.
+
+    The objects of Django and its models live as long as the process. Looking through them for
+    garbage took a fifth of the time of a wake.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 20, 20)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 from typing import Final, Literal, NamedTuple
 
 from wake.errors import SessionKeyError
@@ -71,10 +72,15 @@ def canonicalize(
     agent_id = selected_agent or default_agent
     if scope == "global":
         return SessionKey(agent_id, GLOBAL_KEY)
+    return _canonical(written, agent_id, selected_agent is not None, main_key)
 
+
+# The same few sessions are named again and again. What is refused is not kept.
+@lru_cache(maxsize=4096)
+def _canonical(written: str, agent_id: str, is_selected: bool, main_key: str) -> SessionKey:
     named_agent, rest = _split(written)
     if named_agent is not None and named_agent != agent_id:
-        chosen = "selected" if selected_agent else "default"
+        chosen = "selected" if is_selected else "default"
         raise SessionKeyError(
             f'session key "{_shown(written)}" targets agent "{_shown(named_agent)}" '
             f'but the {chosen} agent is "{agent_id}"; cross-agent wake is not supported'
