@@ -245,7 +245,7 @@ def _time(case: Case, each: int) -> None:
     terms = {"main": queue.Terms(running=0, most=1, runner=RunnerKind.NONE)}
 
     def claim(now: datetime) -> None:
-        assert queue.next_due(terms)
+        assert queue.next_due(queue.first_due(terms))
         claims = queue.claim(
             terms,
             limit=1,

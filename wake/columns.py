@@ -24,8 +24,13 @@ def _unchanged(moment: datetime | None) -> datetime | None:
     return moment
 
 
-def moment_of(stored: datetime | None) -> datetime | None:
-    """Return a stored time as an aware one: SQLite keeps UTC without saying so."""
+def moment_of(stored: datetime | str | None) -> datetime | None:
+    """Return a stored time as an aware one.
+
+    SQLite keeps UTC without saying so, and does not know that the result of a subquery is a time.
+    """
+    if isinstance(stored, str):
+        stored = datetime.fromisoformat(stored)
     return stored.replace(tzinfo=UTC) if stored is not None and stored.tzinfo is None else stored
 
 

@@ -15,13 +15,13 @@ import heapq
 import random
 from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final, Literal
 from uuid import UUID
 
 from django.db import transaction
-from django.db.models import Count, F, Min, OuterRef, Q, Subquery
+from django.db.models import Count, F, Q, Subquery
 from uuid_utils.compat import uuid7
 
 from wake import doorbell, guards, metrics, rows
@@ -40,7 +40,7 @@ from wake.models import (
     SystemEvent,
     priority_of,
 )
-from wake.rows import EventRow, SessionRow
+from wake.rows import EventRow, HeartbeatRow, SessionRow
 from wake.session_keys import SessionKey
 
 BATCH_EVENTS: Final = 200
@@ -236,7 +236,7 @@ def enqueue(
                 _bring_forward(sessions[nudged], Due(now, DueReason.WAKE))
         rows.insert_events(fresh, now)
         _store_turns(turns)
-        rows.save_sessions(sessions.values())
+        rows.save_arrivals(sessions.values())
         counts.write()
         doorbell.ring([session.pk for session in sessions.values()])
     return results
@@ -319,9 +319,9 @@ def _bring_forward(session: Session | SessionRow, due: Due) -> None:
     at = max(due.at, _rate_hold(session) or due.at)
     backs_off = session.attempts > 0 and session.lease_token is None
     if session.due_at is None or (at < session.due_at and not backs_off):
-        session.due_at, session.due_reason = at, due.reason
+        session.due_at, session.due_reason = at, due.reason.value
     elif session.due_at <= due.at and priority_of(due.reason) < priority_of(session.due_reason):
-        session.due_reason = due.reason
+        session.due_reason = due.reason.value
     if session.held_by == HoldReason.SELF_WAKES and session.due_at != session.held_until:
         _lift_hold(session)
 
@@ -333,8 +333,8 @@ def _rate_hold(session: Session | SessionRow) -> datetime | None:
 def _hold_self_wake(session: SessionRow, now: datetime) -> None:
     """Let the session wait for somebody else to wake it, or for the end of a long pause."""
     if session.due_at is None:
-        session.due_at, session.due_reason = now + guards.SELF_WAKE_HOLD, DueReason.WAKE
-        session.held_until, session.held_by = session.due_at, HoldReason.SELF_WAKES
+        session.due_at, session.due_reason = now + guards.SELF_WAKE_HOLD, DueReason.WAKE.value
+        session.held_until, session.held_by = session.due_at, HoldReason.SELF_WAKES.value
 
 
 def _lift_hold(session: Session | SessionRow) -> None:
@@ -344,13 +344,19 @@ def _lift_hold(session: Session | SessionRow) -> None:
 # --- Out ----------------------------------------------------------------------------------------
 
 
-def next_due(agents: Collection[str]) -> datetime | None:
-    """Return when the next heartbeat of these agents is due, or None when none is."""
-    waiting = Session.objects.filter(
-        agent_id__in=agents, due_at__isnull=False, lease_token__isnull=True
+FirstDue = Mapping[int, Mapping[str, datetime]]
+
+
+def first_due(agents: Collection[str]) -> FirstDue:
+    """Return, by priority, when the first free session of each of these agents is due."""
+    return rows.first_due(sorted(agents))
+
+
+def next_due(first: FirstDue) -> datetime | None:
+    """Return when the next of these heartbeats is due, or None when none is. Pure."""
+    return min(
+        (due_at for by_agent in first.values() for due_at in by_agent.values()), default=None
     )
-    due_at: datetime | None = waiting.aggregate(next=Min("due_at"))["next"]
-    return due_at
 
 
 def claim(
@@ -360,59 +366,52 @@ def claim(
     owner: str,
     now: datetime,
     lease: timedelta,
+    first: FirstDue | None = None,
 ) -> list[Claim]:
     """Lease up to `limit` due sessions of the agents in `terms`.
 
     What a person asked for goes first, then what was woken, then what is only scheduled. Within
     one of these agents take turns, so that one with much to do does not hold up the others, and
     each agent's sessions come in the order in which they were due. Fewer claims than `limit` do
-    not mean that nothing more is due.
+    not mean that nothing more is due. `first` is what `first_due` has just said, if it was asked.
 
     Each claim's heartbeat is recorded as running, and counts as an attempt from now on: a process
     that dies with it has used it up.
     """
+    first = first_due(terms) if first is None else first
     with transaction.atomic():
-        _pass_over_idle(terms, now)
         running = {agent_id: agent_terms.running for agent_id, agent_terms in terms.items()}
         most = _most(terms)
         claims: list[Claim] = []
+        leased: list[SessionRow] = []
+        idle: list[SessionRow] = []
         for priority in PRIORITIES:
-            due = Session.objects.filter(
-                due_at__lte=now, lease_token__isnull=True, priority=priority
-            )
-            first = due.filter(agent_id=OuterRef("pk")).order_by("due_at").values("due_at")[:1]
-            firsts = Agent.objects.filter(pk__in=terms).annotate(first=Subquery(first))
-            places = allot(
-                dict(firsts.filter(first__isnull=False).values_list("pk", "first")),
-                running,
-                limit=limit - len(claims),
-                most=most,
-            )
+            due = {agent_id: at for agent_id, at in first.get(priority, {}).items() if at <= now}
+            places = allot(due, running, limit=limit - len(claims), most=most)
             for agent_id, count in places.items():
-                # Another process may hold a row's lock: it is claiming it, so it is skipped.
-                sessions = due.filter(agent_id=agent_id).order_by("due_at", "pk")
-                taken = [
-                    _take(session, terms[agent_id], owner=owner, now=now, lease=lease)
-                    for session in sessions.select_for_update(skip_locked=True)[:count]
-                ]
-                running[agent_id] += len(taken)
-                claims += taken
-            if len(claims) >= limit:
-                break
+                for session in rows.due_sessions(agent_id, priority, now, count):
+                    if _is_idle(session, terms[agent_id]):
+                        idle.append(session)
+                        continue
+                    claims.append(_take(session, terms[agent_id], now))
+                    leased.append(session)
+                    running[agent_id] += 1
+        _pass_over(idle)
         if claims:
-            Heartbeat.objects.bulk_create(
+            rows.save_leases(leased, owner=owner, until=now + lease)
+            rows.insert_heartbeats(
                 [
-                    Heartbeat(
-                        run_id=taken.run_id,
-                        session_id=taken.session_id,
-                        reason=taken.reason,
-                        attempt=taken.attempt,
-                        runner=terms[taken.session.agent_id].runner,
-                        event_count=len(taken.events),
-                        started_at=now,
+                    HeartbeatRow(
+                        taken.run_id,
+                        taken.session_id,
+                        taken.reason.value,
+                        taken.attempt,
+                        taken.runner.value,
+                        len(taken.events),
                     )
                     for taken in claims
-                ]
+                ],
+                now,
             )
             counts = metrics.Counts()
             for new in claims:
@@ -420,23 +419,29 @@ def claim(
                     counts.started((event.at for event in new.events), now)
             counts.write()
             doorbell.ring([taken.session_id for taken in claims])
+    if idle and len(claims) < limit:  # they took the places of others
+        now_running = {
+            agent_id: replace(its, running=running[agent_id]) for agent_id, its in terms.items()
+        }
+        left = limit - len(claims)
+        claims += claim(now_running, limit=left, owner=owner, now=now, lease=lease)
     return claims
 
 
-def _pass_over_idle(terms: Mapping[str, Terms], now: datetime) -> None:
-    """Let due heartbeats go by that have no events, where the agent wants none such.
+def _is_idle(session: SessionRow, terms: Terms) -> bool:
+    """Whether it is a heartbeat without events, and its agent wants none such.
 
     A person's wish, or dead letters that were requeued, are no idle runs.
     """
-    agents = [agent_id for agent_id, agent_terms in terms.items() if agent_terms.only_with_events]
-    if agents:
-        Session.objects.filter(
-            agent_id__in=agents,
-            due_at__lte=now,
-            lease_token__isnull=True,
-            queued=0,
-            due_reason__in=_IDLE_REASONS,
-        ).update(due_at=None, due_reason="", attempts=0)
+    return terms.only_with_events and session.queued == 0 and session.due_reason in _IDLE_REASONS
+
+
+def _pass_over(idle: Sequence[SessionRow]) -> None:
+    """Let due heartbeats go by."""
+    for session in idle:
+        session.due_at, session.due_reason = None, ""
+        session.attempts = 0
+    rows.save_arrivals(idle)
 
 
 def _most(terms: Mapping[str, Terms]) -> dict[str, int]:
@@ -488,32 +493,17 @@ def allot(
     return dict(places)
 
 
-def _take(session: Session, terms: Terms, *, owner: str, now: datetime, lease: timedelta) -> Claim:
+def _take(session: SessionRow, terms: Terms, now: datetime) -> Claim:
+    """Return the claim on a due session, which is changed accordingly and stored by the caller."""
     events, more, turn, all_own = _next_batch(session)
     # Attempts count for a batch of events; those of a heartbeat that had none are not theirs, nor
     # those of a batch that has to wait for dead letters that were requeued before it.
     is_new_batch = bool(events) and events[-1].pk != session.batch_through
     attempt = 1 if is_new_batch else session.attempts + 1
-    run_id = _run_id_of_turn(events[0]) if turn else uuid7()
-    held_until = _next_rate_hold(session, terms.max_runs_per_minute, now)
-    own_runs = session.own_runs
     if events and attempt == 1:
-        own_runs = own_runs + 1 if all_own else 0
-    # Nobody else can have won: the row was read under its lock in this transaction.
-    Session.objects.filter(pk=session.pk).update(
-        lease_token=run_id,
-        lease_owner=owner,
-        lease_until=now + lease,
-        due_at=None,
-        due_reason="",
-        attempts=attempt,
-        batch_through=events[-1].pk if events else None,
-        held_until=held_until,
-        held_by=HoldReason.RATE if held_until else "",
-        own_runs=own_runs,
-    )
-    return Claim(
-        run_id=run_id,
+        session.own_runs = session.own_runs + 1 if all_own else 0
+    claim = Claim(
+        run_id=_run_id_of_turn(events[0]) if turn else uuid7(),
         session_id=session.pk,
         session=SessionKey(session.agent_id, session.key),
         reason=DueReason(session.due_reason),
@@ -523,15 +513,20 @@ def _take(session: Session, terms: Terms, *, owner: str, now: datetime, lease: t
         turn=turn,
         runner=terms.runner,
     )
+    session.lease_token = claim.run_id
+    session.due_at, session.due_reason = None, ""
+    session.attempts = attempt
+    session.batch_through = events[-1].pk if events else None
+    session.held_until = _next_rate_hold(session.pk, terms.max_runs_per_minute, now)
+    session.held_by = HoldReason.RATE.value if session.held_until else ""
+    return claim
 
 
-def _next_rate_hold(session: Session, limit: int | None, now: datetime) -> datetime | None:
+def _next_rate_hold(session_id: int, limit: int | None, now: datetime) -> datetime | None:
     """Return until when no heartbeat of the session may follow the one that begins now."""
     if limit is None:
         return None
-    before = Heartbeat.objects.filter(session=session).order_by("-pk")
-    started = [now, *before.values_list("started_at", flat=True)[: limit - 1]]
-    return guards.rate_hold(started, limit, now)
+    return guards.rate_hold([now, *rows.newest_starts(session_id, limit - 1)], limit, now)
 
 
 def _run_id_of_turn(event: ClaimedEvent) -> UUID:
@@ -542,33 +537,29 @@ def _run_id_of_turn(event: ClaimedEvent) -> UUID:
 
 
 def _next_batch(
-    session: Session,
+    session: SessionRow,
 ) -> tuple[tuple[ClaimedEvent, ...], bool, Turn | None, bool]:
     """Return the events of the session's next heartbeat, whether more are queued, and its turn.
 
     The turn is there when the oldest event has one of its own; then that event comes alone. Last,
     whether all of the events were sent by runs of the session itself.
     """
-    queued = SystemEvent.objects.filter(session=session, state=EventState.QUEUED).order_by("pk")
-    if session.attempts and session.batch_through is not None:
-        # A further attempt takes the batch that failed, whatever came since.
-        queued = queued.filter(pk__lte=session.batch_through)
-    of_turn = ("alone", "turn__name", "turn__deliver", "turn__timeout_seconds")
-    found = queued.values_list(
-        "pk", "uid", "text", "source", "external", "created_at", "own", *of_turn
-    )
+    # A further attempt takes the batch that failed, whatever came since.
+    through = session.batch_through if session.attempts else None
     taken: list[ClaimedEvent] = []
     all_own = True
     size = 0
-    for row in found[:BATCH_EVENTS].iterator(chunk_size=50):
-        event, own, alone = ClaimedEvent(*row[:6]), row[6], row[7]
-        size += len(event.text.encode())
-        if taken and (alone or size > BATCH_BYTES):
+    for row in rows.queued_events(session.pk, through, BATCH_EVENTS):
+        size += len(row.text.encode())
+        if taken and (row.alone or size > BATCH_BYTES):
             break
-        taken.append(event)
-        all_own = all_own and own
-        if alone:
-            return (event,), session.queued > 1, Turn(*row[8:]), own
+        taken.append(
+            ClaimedEvent(row.pk, row.uid, row.text, row.source, row.external, row.created_at)
+        )
+        all_own = all_own and row.own
+        if row.alone:
+            turn = Turn(row.turn_name or "", row.turn_deliver is True, row.turn_timeout_seconds)
+            return tuple(taken), session.queued > 1, turn, all_own
     return tuple(taken), session.queued > len(taken), None, all_own
 
 
@@ -662,12 +653,10 @@ def fail(
             _give_back(session, now, next_scheduled, more=more)
         else:
             wait = max(backoff(attempt), min(retry_after or timedelta(0), RETRY_AFTER_LIMIT))
-            _drop_lease(session)
             session.attempts = attempt
             session.due_at = max(now + wait, _rate_hold(session) or now)
-            session.due_reason = DueReason.RETRY
-            session.last_heartbeat_at = now
-            session.save()
+            session.due_reason = DueReason.RETRY.value
+            rows.save_free(session, last_heartbeat_at=now)
         _finish(claim.run_id, HeartbeatStatus.FAILED, now, prompt=prompt, error=error)
         counts.run(claim.runner, HeartbeatStatus.FAILED)
         counts.write()
@@ -702,10 +691,9 @@ def release(claim: Claim, *, now: datetime, handed_over: int = 0) -> None:
         session.attempts = claim.attempt - 1
         if handed_over:
             session.attempts, session.batch_through = 0, None
-        _drop_lease(session)
         if session.queued or not handed_over:
-            session.due_at, session.due_reason = now, claim.reason
-        session.save()
+            session.due_at, session.due_reason = now, claim.reason.value
+        rows.save_free(session)
         _finish(claim.run_id, HeartbeatStatus.RELEASED, now)
         counts.run(claim.runner, HeartbeatStatus.RELEASED)
         counts.write()
@@ -722,12 +710,8 @@ def backoff(attempt: int) -> timedelta:
     return full * random.uniform(0.5, 1.0)  # noqa: S311 - jitter, not a secret
 
 
-def _leased_session(claim: Claim) -> Session:
-    session = (
-        Session.objects.select_for_update()
-        .filter(pk=claim.session_id, lease_token=claim.run_id)
-        .first()
-    )
+def _leased_session(claim: Claim) -> SessionRow:
+    session = rows.leased_session(claim.session_id, claim.run_id)
     if session is None:  # the lease ran out, and `reap` or another claim won
         raise LeaseLost(f"run {claim.run_id} lost its lease on {claim.session.key}")
     return session
@@ -744,32 +728,22 @@ def _settle_events(
     if not events:
         return 0
     counts.done((event.at for event in events), state, now)
-    run = Heartbeat.objects.filter(run_id=claim.run_id).values("pk")
     # An event may be missing: an operator can have discarded it while the heartbeat ran.
-    return SystemEvent.objects.filter(
-        pk__in=[event.pk for event in events], state=EventState.QUEUED
-    ).update(state=state, settled_at=now, heartbeat_id=Subquery(run))
+    return rows.settle_events([event.pk for event in events], state.value, claim.run_id, now)
 
 
 def _give_back(
-    session: Session, now: datetime, next_scheduled: datetime | None, *, more: bool
+    session: SessionRow, now: datetime, next_scheduled: datetime | None, *, more: bool
 ) -> None:
     """Free the session. `more` says that events were left out of the claim; they are due now."""
-    _drop_lease(session)
-    session.last_heartbeat_at = now
+    session.lease_token = None
     if more and session.queued:
         _bring_forward(session, Due(now, DueReason.WAKE))
     if next_scheduled:
         _bring_forward(session, Due(next_scheduled, DueReason.SCHEDULE))
     if session.queued and session.due_at is None:
         _bring_forward(session, Due(now, DueReason.WAKE))
-    session.save()
-
-
-def _drop_lease(session: Session) -> None:
-    session.lease_token = None
-    session.lease_owner = ""
-    session.lease_until = None
+    rows.save_free(session, last_heartbeat_at=now)
 
 
 def _finish(
@@ -781,9 +755,7 @@ def _finish(
     reply: str = "",
     error: str = "",
 ) -> None:
-    Heartbeat.objects.filter(run_id=run_id).update(
-        status=status, finished_at=now, prompt=prompt, reply=reply, error=error
-    )
+    rows.finish_heartbeat(run_id, status.value, now, prompt=prompt, reply=reply, error=error)
 
 
 # --- Upkeep -------------------------------------------------------------------------------------
@@ -804,9 +776,12 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
     taken_back: list[int] = []
     counts = metrics.Counts()
     with transaction.atomic():
-        for session in expired.select_for_update(skip_locked=True).order_by("pk"):
-            if session.lease_until and session.lease_until > now + lease:
-                Session.objects.filter(pk=session.pk).update(lease_until=now + lease)
+        for found in expired.select_for_update(skip_locked=True).order_by("pk"):
+            if found.lease_until and found.lease_until > now + lease:
+                Session.objects.filter(pk=found.pk).update(lease_until=now + lease)
+                continue
+            session = found.lease_token and rows.leased_session(found.pk, found.lease_token)
+            if not session:  # the row is locked, and is as it was read
                 continue
             most = max_attempts.get(session.agent_id, 1)
             _take_back(session, now, most, "its process stopped renewing the lease", counts)
@@ -818,32 +793,31 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
 
 
 def _take_back(
-    session: Session, now: datetime, max_attempts: int, error: str, counts: metrics.Counts
+    session: SessionRow, now: datetime, max_attempts: int, error: str, counts: metrics.Counts
 ) -> None:
     """End the session's run as lost. The same events are due again, unless it was the last try."""
     token = session.lease_token
     assert token is not None  # noqa: S101 - a lost lease was one
-    _drop_lease(session)
     if session.attempts >= max_attempts:
         session.queued -= _dead_letters(session, token, now, counts)
         session.attempts = 0
         session.batch_through = None
     session.due_at = max(now, _rate_hold(session) or now)
-    session.due_reason = DueReason.RECOVERY
+    session.due_reason = DueReason.RECOVERY.value
     if not session.queued and not session.attempts:
         session.due_at, session.due_reason = None, ""
-    session.save()
+    rows.save_free(session)
     _finish(token, HeartbeatStatus.LOST, now, error=error)
     runner = Heartbeat.objects.filter(run_id=token).values_list("runner", flat=True).first()
     counts.run(runner or "", HeartbeatStatus.LOST)
 
 
-def _dead_letters(session: Session, run_id: UUID, now: datetime, counts: metrics.Counts) -> int:
+def _dead_letters(session: SessionRow, run_id: UUID, now: datetime, counts: metrics.Counts) -> int:
     if session.batch_through is None:
         return 0
     run = Heartbeat.objects.filter(run_id=run_id).values("pk")
     events = SystemEvent.objects.filter(
-        session=session, state=EventState.QUEUED, pk__lte=session.batch_through
+        session=session.pk, state=EventState.QUEUED, pk__lte=session.batch_through
     )
     counts.done(events.values_list("created_at", flat=True), EventState.DEAD, now)
     return events.update(state=EventState.DEAD, settled_at=now, heartbeat_id=Subquery(run))
@@ -925,7 +899,7 @@ def keep_schedules(schedules: Mapping[SessionKey, datetime | None], *, now: date
         sessions = _locked_sessions(changed)
         for key, session in sessions.items():
             _put_on_schedule(session, schedules.get(key), now)
-        rows.save_sessions(sessions.values())
+        rows.save_arrivals(sessions.values())
         doorbell.ring([session.pk for session in sessions.values()])
 
 

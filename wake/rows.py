@@ -6,7 +6,7 @@ database takes for it; these statements are written once and work on SQLite and 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
@@ -15,13 +15,26 @@ from uuid import UUID
 from django.db import connection
 
 from wake import columns
-from wake.models import EventState, Session, SystemEvent
+from wake.models import (
+    PRIORITIES,
+    Agent,
+    AgentTurn,
+    EventState,
+    Heartbeat,
+    HeartbeatStatus,
+    Session,
+    SystemEvent,
+)
 from wake.session_keys import SessionKey
 
+_AGENTS: Final = Agent._meta.db_table
+_HEARTBEATS: Final = Heartbeat._meta.db_table
 _SESSIONS: Final = Session._meta.db_table
+_TURNS: Final = AgentTurn._meta.db_table
 _EVENTS: Final = SystemEvent._meta.db_table
 # SQLite takes 32,766 parameters in a statement, PostgreSQL 65,535.
 _MOST_PARAMETERS: Final = 10_000
+_EVENTS_AT_ONCE: Final = 50
 
 
 @dataclass(slots=True)
@@ -40,16 +53,39 @@ class SessionRow:
     own_runs: int
     batch_through: int | None
     last_event_at: datetime | None
-    lease_token: object | None
+    lease_token: UUID | None
 
 
 _SESSION_COLUMNS: Final = (
     "id, agent_id, key, queued, attempts, due_at, due_reason, held_until, held_by, own_runs, "
     "batch_through, last_event_at, lease_token"
 )
-_SAVE_SESSION: Final = (
-    f"UPDATE {_SESSIONS} SET queued = %s, attempts = %s, due_at = %s, due_reason = %s, "  # noqa: S608
-    "held_until = %s, held_by = %s, last_event_at = %s WHERE id = %s"
+_DUE: Final = "due_at = %s, due_reason = %s, held_until = %s, held_by = %s"
+_SAVE_ARRIVAL: Final = (
+    f"UPDATE {_SESSIONS} SET queued = %s, attempts = %s, {_DUE}, last_event_at = %s "  # noqa: S608
+    "WHERE id = %s"
+)
+_LEASE: Final = (
+    f"UPDATE {_SESSIONS} SET lease_token = %s, lease_owner = %s, lease_until = %s, attempts = %s, "  # noqa: S608
+    f"{_DUE}, batch_through = %s, own_runs = %s WHERE id = %s"
+)
+_FREE: Final = (
+    f"UPDATE {_SESSIONS} SET lease_token = NULL, lease_owner = '', lease_until = NULL, "  # noqa: S608
+    f"queued = %s, attempts = %s, {_DUE}, batch_through = %s, "
+    "last_heartbeat_at = COALESCE(%s, last_heartbeat_at) WHERE id = %s"
+)
+_HEARTBEAT_COLUMNS: Final = (
+    "run_id",
+    "session_id",
+    "reason",
+    "attempt",
+    "runner",
+    "status",
+    "event_count",
+    "started_at",
+    "prompt",
+    "reply",
+    "error",
 )
 _EVENT_COLUMNS: Final = (
     "uid",
@@ -78,45 +114,197 @@ class EventRow:
     pk: int | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class QueuedEvent:
+    """A queued event as a heartbeat takes it, with the turn of its own that it may have."""
+
+    pk: int
+    uid: UUID
+    text: str
+    source: str
+    external: bool
+    created_at: datetime
+    own: bool
+    alone: bool
+    turn_name: str | None
+    turn_deliver: bool | None
+    turn_timeout_seconds: int | None
+
+
+# --- Sessions -----------------------------------------------------------------------------------
+
+
 def lock_sessions(keys: Collection[SessionKey]) -> list[SessionRow]:
     """Return the sessions that exist, locked until the transaction ends.
 
-    In the order of their ids, so that two batches never wait for each other in a circle.
+    In the order of their ids where rows are locked, so that two batches never wait for each other
+    in a circle. Elsewhere the order would have SQLite read every session of the agent.
     """
-    lock = " FOR UPDATE" if connection.features.has_select_for_update else ""
-    rows: list[SessionRow] = []
+    order = " ORDER BY id" if connection.features.has_select_for_update else ""
+    found: list[SessionRow] = []
     for part in _parts(sorted(keys)):
         agents = sorted({key.agent_id for key in part})
-        rows += _fetch(
-            f"SELECT {_SESSION_COLUMNS} FROM {_SESSIONS} "  # noqa: S608 - columns and marks only
-            f"WHERE agent_id IN ({columns.marks(agents)}) AND key IN ({columns.marks(part)}) "
-            f"ORDER BY id{lock}",
+        found += _sessions(
+            f"agent_id IN ({columns.marks(agents)}) AND key IN ({columns.marks(part)}){order}",
             [*agents, *(key.key for key in part)],
-            _session,
         )
-    return [row for row in rows if SessionKey(row.agent_id, row.key) in keys]
+    return [row for row in found if SessionKey(row.agent_id, row.key) in keys]
 
 
-def save_sessions(sessions: Iterable[SessionRow]) -> None:
-    """Store what an arriving event changes of its session."""
+def first_due(agents: Sequence[str]) -> dict[int, dict[str, datetime]]:
+    """Return, by priority, when the first free session of each agent is due; past or not.
+
+    One look into the index for each agent and priority.
+    """
+    if not agents:
+        return {}
+    looks = ", ".join(
+        f"(SELECT s.due_at FROM {_SESSIONS} s WHERE s.agent_id = a.id "  # noqa: S608
+        f"AND s.priority = {priority} AND s.due_at IS NOT NULL AND s.lease_token IS NULL "
+        "ORDER BY s.due_at LIMIT 1)"
+        for priority in PRIORITIES
+    )
+    found: dict[int, dict[str, datetime]] = {priority: {} for priority in PRIORITIES}
+    for part in _parts(agents):
+        statement = f"SELECT a.id, {looks} FROM {_AGENTS} a WHERE a.id IN ({columns.marks(part)})"  # noqa: S608
+        for agent_id, *times in _fetch(statement, part):
+            for priority, stored in zip(PRIORITIES, times, strict=True):
+                if (due_at := columns.moment_of(stored)) is not None:
+                    found[priority][agent_id] = due_at
+    return found
+
+
+def due_sessions(agent_id: str, priority: int, now: datetime, limit: int) -> list[SessionRow]:
+    """Return free sessions of an agent that are due, the longest due first, locked.
+
+    Another process may hold a row's lock: it is claiming it, so it is skipped.
+    """
+    return _sessions(
+        "agent_id = %s AND priority = %s AND due_at <= %s AND due_at IS NOT NULL "
+        "AND lease_token IS NULL ORDER BY due_at, id LIMIT %s",
+        [agent_id, priority, columns.moments()(now), limit],
+        skip_locked=True,
+    )
+
+
+def leased_session(pk: int, run_id: UUID) -> SessionRow | None:
+    """Return the session if its lease is this run's, locked."""
+    found = _sessions("id = %s AND lease_token = %s", [pk, columns.uuid(run_id)])
+    return found[0] if found else None
+
+
+def save_arrivals(sessions: Iterable[SessionRow]) -> None:
+    """Store what an arriving event, or a schedule, changes of its session."""
     moment = columns.moments()
-    with connection.cursor() as cursor:
-        cursor.executemany(
-            _SAVE_SESSION,
-            [
-                (
-                    row.queued,
-                    row.attempts,
-                    moment(row.due_at),
-                    row.due_reason,
-                    moment(row.held_until),
-                    row.held_by,
-                    moment(row.last_event_at),
-                    row.pk,
-                )
-                for row in sessions
-            ],
-        )
+    _execute_many(
+        _SAVE_ARRIVAL,
+        [
+            (row.queued, row.attempts, *_due(row, moment), moment(row.last_event_at), row.pk)
+            for row in sessions
+        ],
+    )
+
+
+def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) -> None:
+    """Store sessions that were leased."""
+    moment = columns.moments()
+    _execute_many(
+        _LEASE,
+        [
+            (
+                columns.uuid(row.lease_token) if row.lease_token else None,
+                owner,
+                moment(until),
+                row.attempts,
+                *_due(row, moment),
+                row.batch_through,
+                row.own_runs,
+                row.pk,
+            )
+            for row in sessions
+        ],
+    )
+
+
+def save_free(row: SessionRow, *, last_heartbeat_at: datetime | None = None) -> None:
+    """Store a session whose lease is given back; the time of its last heartbeat, if it had one."""
+    moment = columns.moments()
+    _execute_many(
+        _FREE,
+        [
+            (
+                row.queued,
+                row.attempts,
+                *_due(row, moment),
+                row.batch_through,
+                moment(last_heartbeat_at),
+                row.pk,
+            )
+        ],
+    )
+
+
+# --- Heartbeats ---------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class HeartbeatRow:
+    """A heartbeat that begins."""
+
+    run_id: UUID
+    session_id: int
+    reason: str
+    attempt: int
+    runner: str
+    event_count: int
+
+
+def insert_heartbeats(heartbeats: Iterable[HeartbeatRow], now: datetime) -> None:
+    """Store heartbeats as running."""
+    started_at = columns.moments()(now)
+    columns.insert(
+        _HEARTBEATS,
+        _HEARTBEAT_COLUMNS,
+        (
+            (
+                columns.uuid(row.run_id),
+                row.session_id,
+                row.reason,
+                row.attempt,
+                row.runner,
+                HeartbeatStatus.RUNNING.value,
+                row.event_count,
+                started_at,
+                "",
+                "",
+                "",
+            )
+            for row in heartbeats
+        ),
+    )
+
+
+def newest_starts(session_id: int, limit: int) -> list[datetime]:
+    """Return when the newest heartbeats of a session began, the newest first."""
+    statement = (
+        f"SELECT started_at FROM {_HEARTBEATS} WHERE session_id = %s ORDER BY id DESC LIMIT %s"  # noqa: S608
+    )
+    found = (columns.moment_of(row[0]) for row in _fetch(statement, [session_id, limit]))
+    return [started_at for started_at in found if started_at is not None]
+
+
+def finish_heartbeat(
+    run_id: UUID, status: str, now: datetime, *, prompt: str, reply: str, error: str
+) -> None:
+    """Store the end of a heartbeat."""
+    _execute_many(
+        f"UPDATE {_HEARTBEATS} SET status = %s, finished_at = %s, prompt = %s, reply = %s, "  # noqa: S608
+        "error = %s WHERE run_id = %s",
+        [(status, columns.moments()(now), prompt, reply, error, columns.uuid(run_id))],
+    )
+
+
+# --- Events -------------------------------------------------------------------------------------
 
 
 def insert_events(events: Sequence[EventRow], now: datetime) -> None:
@@ -144,23 +332,66 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
     )
 
 
+def queued_events(session_id: int, through: int | None, limit: int) -> Iterator[QueuedEvent]:
+    """Yield queued events of a session in their order, up to the event `through` if given."""
+    bound = "" if through is None else " AND e.id <= %s"
+    with connection.cursor() as cursor:
+        cursor.execute(
+            "SELECT e.id, e.uid, e.text, e.source, e.external, e.created_at, e.own, e.alone, "  # noqa: S608
+            f"t.name, t.deliver, t.timeout_seconds FROM {_EVENTS} e "
+            f"LEFT JOIN {_TURNS} t ON t.event_id = e.id "
+            f"WHERE e.session_id = %s AND e.state = 'queued'{bound} ORDER BY e.id LIMIT %s",
+            [session_id, *([] if through is None else [through]), limit],
+        )
+        # A few at a time: texts are long, and a heartbeat takes no more than some bytes.
+        while found := cursor.fetchmany(_EVENTS_AT_ONCE):
+            for pk, uid, text, source, external, created_at, *rest in found:
+                at = columns.moment_of(created_at)
+                assert at is not None  # noqa: S101 - the column is never null
+                yield QueuedEvent(pk, columns.uuid_of(uid), text, source, external, at, *rest)
+
+
+def settle_events(pks: Sequence[int], state: str, run_id: UUID, now: datetime) -> int:
+    """Settle those of the events that are still queued, by a run; return how many they were."""
+    with connection.cursor() as cursor:
+        cursor.execute(
+            f"UPDATE {_EVENTS} SET state = %s, settled_at = %s, heartbeat_id = "  # noqa: S608
+            f"(SELECT id FROM {_HEARTBEATS} WHERE run_id = %s) "
+            f"WHERE id IN ({columns.marks(pks)}) AND state = 'queued'",
+            [state, columns.moments()(now), columns.uuid(run_id), *pks],
+        )
+        return int(cursor.rowcount)
+
+
 def newest_queued_events(session_ids: Sequence[int]) -> list[EventRow]:
     """Return the newest queued event of each of the sessions that has one.
 
     A statement of its own after the sessions are locked: on PostgreSQL a statement that waited
     for a lock still sees the events as they were before it waited.
     """
-    rows: list[EventRow] = []
+    found: list[EventRow] = []
     for part in _parts(session_ids):
-        rows += _fetch(
+        statement = (
             "SELECT uid, session_id, text, source, external, alone, own, id "  # noqa: S608
             f"FROM {_EVENTS} WHERE id IN (SELECT (SELECT e.id FROM {_EVENTS} e "
             f"WHERE e.session_id = s.id AND e.state = 'queued' ORDER BY e.id DESC LIMIT 1) "
-            f"FROM {_SESSIONS} s WHERE s.id IN ({columns.marks(part)}))",
-            part,
-            _event,
+            f"FROM {_SESSIONS} s WHERE s.id IN ({columns.marks(part)}))"
         )
-    return rows
+        found += [EventRow(columns.uuid_of(uid), *rest) for uid, *rest in _fetch(statement, part)]
+    return found
+
+
+# --- Pieces -------------------------------------------------------------------------------------
+
+
+def _sessions(
+    where: str, parameters: Sequence[Any], *, skip_locked: bool = False
+) -> list[SessionRow]:
+    lock = ""
+    if connection.features.has_select_for_update:
+        lock = " FOR UPDATE SKIP LOCKED" if skip_locked else " FOR UPDATE"
+    statement = f"SELECT {_SESSION_COLUMNS} FROM {_SESSIONS} WHERE {where}{lock}"  # noqa: S608
+    return [_session(row) for row in _fetch(statement, parameters)]
 
 
 def _session(row: Sequence[Any]) -> SessionRow:
@@ -179,18 +410,24 @@ def _session(row: Sequence[Any]) -> SessionRow:
         own_runs,
         batch_through,
         columns.moment_of(last_event_at),
-        lease_token,
+        columns.uuid_of(lease_token) if lease_token is not None else None,
     )
 
 
-def _event(row: Sequence[Any]) -> EventRow:
-    return EventRow(columns.uuid_of(row[0]), *row[1:])
+def _due(row: SessionRow, moment: Callable[[datetime | None], Any]) -> tuple[Any, ...]:
+    return moment(row.due_at), row.due_reason, moment(row.held_until), row.held_by
 
 
-def _fetch(statement: str, parameters: Sequence[Any], make: Any) -> list[Any]:
+def _fetch(statement: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
     with connection.cursor() as cursor:
         cursor.execute(statement, parameters)
-        return [make(row) for row in cursor.fetchall()]
+        return list(cursor.fetchall())
+
+
+def _execute_many(statement: str, parameters: list[tuple[Any, ...]]) -> None:
+    if parameters:
+        with connection.cursor() as cursor:
+            cursor.executemany(statement, parameters)
 
 
 def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:

@@ -209,12 +209,15 @@ class HeartbeatLoop:
 
     def _claim_step(self, terms: Mapping[str, queue.Terms], free: int) -> tuple[list[Claim], float]:
         now = self._clock()
-        due_at = queue.next_due(terms)
+        first = queue.first_due(terms)
+        due_at = queue.next_due(first)
         if due_at is None:
             return [], POLL_SECONDS
         if due_at > now:
             return [], min((due_at - now).total_seconds(), POLL_SECONDS)
-        claims = queue.claim(terms, limit=free, owner=self.owner, now=now, lease=self._lease)
+        claims = queue.claim(
+            terms, limit=free, owner=self.owner, now=now, lease=self._lease, first=first
+        )
         return claims, 0.0 if claims else POLL_SECONDS
 
     def _turn(self, claim: Claim, agent: AgentConfiguration) -> Turn:
