@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any, Final
+
+import msgspec
 
 from hooks.decisions import Decision
 from hooks.errors import (
@@ -32,8 +33,7 @@ _STATUSES: Final[Mapping[type[WakeError], int]] = {
 REPLAYED: Final = DeliveryOutcome.REPLAYED.value
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
+class Answer(msgspec.Struct, frozen=True):
     """An answer to a hook: JSON in `body`, else plain `text`; with neither it is empty (204)."""
 
     status: int

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from functools import lru_cache
 from typing import Final
 
 from hooks.configuration import HookConfiguration, MappingConfiguration, TokenConfiguration
@@ -94,6 +95,7 @@ def usable_tokens(
             yield token
 
 
+@lru_cache(maxsize=1024)
 def of_token(token: TokenConfiguration) -> Credential:
     """Return the credential that a valid token is."""
     key = f"token:{token.id or token.name}"

@@ -7,9 +7,11 @@ decision is a walk of steps (`steps`): the door takes the end of it, the simulat
 from __future__ import annotations
 
 from collections.abc import Callable, Generator
-from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias
 from uuid import uuid5
+
+import msgspec
+from msgspec.structs import replace
 
 from hooks import mapping, policy
 from hooks.configuration import HookConfiguration, MappingConfiguration
@@ -35,8 +37,7 @@ AGENT_PATH: Final = "agent"
 RUN_HEADER: Final = "x-openclaw-run-id"
 
 
-@dataclass(frozen=True, slots=True)
-class Decision:
+class Decision(msgspec.Struct, frozen=True):
     """What a request comes to.
 
     `wakes` are to be stored together or not at all; none means that there is nothing to do.
@@ -50,46 +51,40 @@ class Decision:
     challenge: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Matched:
+class Matched(msgspec.Struct, frozen=True):
     """The mapping that answers, or None at an endpoint."""
 
     mapping: MappingConfiguration | None
 
 
-@dataclass(frozen=True, slots=True)
-class Item:
+class Item(msgspec.Struct, frozen=True):
     """One of `count` items is looked at, counted from 0."""
 
     index: int
     count: int
 
 
-@dataclass(frozen=True, slots=True)
-class Transformed:
+class Transformed(msgspec.Struct, frozen=True):
     """The fields that the mapping's transform set; None when it wants nothing done."""
 
     fields: dict[str, Any] | None
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(msgspec.Struct, frozen=True):
     """The wake as it is asked for, its session key as written, and who wrote that."""
 
     wake: WakeRequest
     origin: KeyOrigin
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(msgspec.Struct, frozen=True):
     """The agent and the canonical session key; None for the latter where there is no key."""
 
     agent_id: str
     session_key: str | None
 
 
-@dataclass(frozen=True, slots=True)
-class Allowed:
+class Allowed(msgspec.Struct, frozen=True):
     """The policy allows it."""
 
 

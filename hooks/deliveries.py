@@ -9,11 +9,11 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
+import msgspec
 from django.db import DatabaseError, transaction
 from uuid_utils.compat import uuid7
 
@@ -42,8 +42,7 @@ class NotReplayable(WakeError):
     """A delivery whose body was not kept cannot be sent again."""
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True):
     """A request as it came, its credential right.
 
     `headers` are all of them, by lower-case name; `client` is the sender's address; `fault` is why
@@ -59,8 +58,8 @@ class Arrival:
     received_at: datetime
     fault: WakeError | None = None
     replay_of: int | None = None
-    uid: UUID = field(default_factory=uuid7)
-    began: float = field(default_factory=time.monotonic)
+    uid: UUID = msgspec.field(default_factory=uuid7)
+    began: float = msgspec.field(default_factory=time.monotonic)
 
     def request(self, payload: Any, snapshot: HookConfiguration) -> HookRequest:
         """Return what decisions see of it, with its body decoded."""
@@ -74,8 +73,7 @@ class Arrival:
         )
 
 
-@dataclass(slots=True)
-class Draft:
+class Draft(msgspec.Struct):
     """The record of a request while it is made; the fields are those of HookDelivery."""
 
     uid: UUID
@@ -95,12 +93,11 @@ class Draft:
     answer: dict[str, Any] | None = None
     has_body: bool = False
     body: bytes | None = None
-    headers: dict[str, str] = field(default_factory=dict)
-    query: dict[str, str] = field(default_factory=dict)
+    headers: dict[str, str] = msgspec.field(default_factory=dict)
+    query: dict[str, str] = msgspec.field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class Accepted:
+class Accepted(msgspec.Struct, frozen=True):
     """A request that is to be stored: what it asks for, and the record of it.
 
     `digest` stands for its idempotency key, if it has one.
@@ -113,8 +110,7 @@ class Accepted:
     snapshot: HookConfiguration
 
 
-@dataclass(frozen=True, slots=True)
-class Settled:
+class Settled(msgspec.Struct, frozen=True):
     """A request with its answer. What was accepted is recorded already (`is_recorded`)."""
 
     answer: Answer
@@ -380,13 +376,13 @@ _COLUMNS: Final = (
 
 def _record(drafts: Sequence[Draft]) -> None:
     """Store records, and forget the wrong credentials of their clients."""
-    moment = columns.moments()
+    moment, uuid = columns.moments(), columns.uuids()
     columns.insert(
         HookDelivery._meta.db_table,
         _COLUMNS,
         (
             (
-                columns.uuid(draft.uid),
+                uuid(draft.uid),
                 moment(draft.received_at),
                 draft.milliseconds,
                 draft.client,
@@ -403,8 +399,8 @@ def _record(drafts: Sequence[Draft]) -> None:
                 draft.replay_of_id,
                 draft.has_body,
                 draft.body,
-                columns.json_text(draft.headers),
-                columns.json_text(draft.query),
+                columns.json_text(draft.headers) if draft.headers else "{}",
+                columns.json_text(draft.query) if draft.query else "{}",
             )
             for draft in drafts
         ),

@@ -47,6 +47,9 @@ from wake.writer import BatchingWriter
 
 writer: Final[BatchingWriter[Accepted, Settled]] = BatchingWriter(deliveries.store)
 
+# A body that is not there whole by then goes the other way, which knows how long to wait.
+SOON_SECONDS: Final = 0.05
+
 # What is done after an answer, and seldom: a token's use, the record of what was not accepted.
 _afterwards = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hooks-afterwards")
 
@@ -61,7 +64,7 @@ def _headers(scope: HTTPScope) -> dict[str, str]:
 
 
 class HookLane:
-    """ASGI application around Django's that takes the short way where it can."""
+    """ASGI application around the site's that takes the short way where it can."""
 
     def __init__(self, application: ASGI3Application) -> None:
         self._application = application
@@ -73,12 +76,14 @@ class HookLane:
         if path is None or scope["type"] != "http":
             await self._application(scope, receive, send)
             return
-        body, received = await _read(receive)
-        accepted = None if body is None else _begin(scope, path, body)
-        if accepted is None:
-            await self._application(scope, _again(received, receive), send)
-            return
-        await _send(await _stored(accepted), send)
+        event = await _read(receive)
+        accepted = None
+        if event and event["type"] == "http.request" and not event.get("more_body", False):
+            accepted = _begin(scope, path, event.get("body", b""))
+        if accepted:
+            await _send(await _stored(accepted), send)
+        else:
+            await self._application(scope, _again(event, receive) if event else receive, send)
 
 
 def _begin(scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
@@ -136,29 +141,21 @@ def _is_known(host: str, allowed: Sequence[str]) -> bool:
     return bool(domain) and validate_host(domain, list(allowed))
 
 
-async def _read(receive: ASGIReceiveCallable) -> tuple[bytes | None, list[ASGIReceiveEvent]]:
-    """Return the whole body and the events it came in; None for a client that left before."""
-    received: list[ASGIReceiveEvent] = []
-    while True:
-        event = await receive()
-        received.append(event)
-        if event["type"] != "http.request":
-            return None, received
-        if not event.get("more_body", False):
-            parts = [part.get("body", b"") for part in received if part["type"] == "http.request"]
-            return parts[0] if len(parts) == 1 else b"".join(parts), received
+async def _read(receive: ASGIReceiveCallable) -> ASGIReceiveEvent | None:
+    """Return the event that comes next, if it is there soon: usually it is there already."""
+    try:
+        async with asyncio.timeout(SOON_SECONDS):
+            return await receive()
+    except TimeoutError:
+        return None
 
 
-def _again(
-    received: Sequence[ASGIReceiveEvent], receive: ASGIReceiveCallable
-) -> ASGIReceiveCallable:
+def _again(event: ASGIReceiveEvent, receive: ASGIReceiveCallable) -> ASGIReceiveCallable:
     """Return a `receive` that gives what was received once more, and then what comes."""
-    left = iter(received)
+    given = [event]
 
     async def receive_again() -> ASGIReceiveEvent:
-        for event in left:
-            return event
-        return await receive()
+        return given.pop() if given else await receive()
 
     return receive_again
 

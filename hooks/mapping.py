@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
 from typing import Any, Final
+
+import msgspec
+from msgspec.structs import replace
 
 from hooks.configuration import MappingConfiguration
 from hooks.credentials import Credential
@@ -25,8 +27,7 @@ CLOSED: Final = "the credential does not open it"
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Written:
+class Written(msgspec.Struct, frozen=True):
     """What a mapping writes for one item: `session_key` is None where it has none."""
 
     text: str

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import lru_cache
 from typing import Any, Final
@@ -53,8 +53,7 @@ class TemplateError(ValueError):
         self.position = position
 
 
-@dataclass(frozen=True, slots=True)
-class HookRequest:
+class HookRequest(msgspec.Struct, frozen=True):
     """What templates, and every other decision, see of a request.
 
     `payload` is any JSON value; `headers` are by lower-case name and without credentials (see
@@ -66,8 +65,8 @@ class HookRequest:
     payload: Any
     now: datetime
     uid: UUID
-    headers: Mapping[str, str] = field(default_factory=dict)
-    query: Mapping[str, str] = field(default_factory=dict)
+    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
+    query: Mapping[str, str] = msgspec.field(default_factory=dict)
 
 
 def visible_headers(

@@ -27,7 +27,7 @@ connection = Connection.as_asgi()
 
 application = ProtocolTypeRouter(
     {
-        "http": BodyLimit(HookLane(django_application)),  # type: ignore[arg-type] # Django's are loose
+        "http": HookLane(BodyLimit(django_application)),  # type: ignore[arg-type] # Django's are loose
         "websocket": URLRouter(
             [
                 path("", connection),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import msgspec
 from django.db import connection
+
+T = TypeVar("T")
 
 
 def moments() -> Callable[[datetime | None], Any]:
@@ -17,11 +19,17 @@ def moments() -> Callable[[datetime | None], Any]:
 
 
 def _in_utc_text(moment: datetime | None) -> str | None:
-    return None if moment is None else str(moment.astimezone(UTC).replace(tzinfo=None))
+    if moment is None:
+        return None
+    utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
+    return utc.isoformat(" ")[:_WITHOUT_OFFSET]
 
 
-def _unchanged(moment: datetime | None) -> datetime | None:
-    return moment
+_WITHOUT_OFFSET: Final = -len("+00:00")
+
+
+def _unchanged(value: T) -> T:
+    return value
 
 
 def moment_of(stored: datetime | str | None) -> datetime | None:
@@ -34,9 +42,13 @@ def moment_of(stored: datetime | str | None) -> datetime | None:
     return stored.replace(tzinfo=UTC) if stored is not None and stored.tzinfo is None else stored
 
 
-def uuid(value: UUID) -> UUID | str:
-    """Return an id as this database keeps it: what a UUIDField does."""
-    return value if connection.features.has_native_uuid_field else value.hex
+def uuids() -> Callable[[UUID], Any]:
+    """Return what makes ids into what this database keeps: what a UUIDField does."""
+    return _unchanged if connection.features.has_native_uuid_field else _in_hex
+
+
+def _in_hex(value: UUID) -> str:
+    return f"{value.int:032x}"
 
 
 def uuid_of(stored: UUID | str) -> UUID:
@@ -54,6 +66,12 @@ def insert(table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) ->
     statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks(columns)})"  # noqa: S608
     with connection.cursor() as cursor:
         cursor.executemany(statement, list(rows))
+
+
+def delete(table: str, column: str, values: Sequence[Any]) -> None:
+    """Delete the rows whose column is one of the values."""
+    with connection.cursor() as cursor:
+        cursor.execute(f"DELETE FROM {table} WHERE {column} IN ({marks(values)})", values)  # noqa: S608
 
 
 def marks(values: Sequence[Any]) -> str:

@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
 from typing import Final, Literal
 from uuid import UUID
 
+import msgspec
 from django.db import DatabaseError
 from django.utils import timezone
 
@@ -39,8 +39,7 @@ class Mode(StrEnum):
     NEXT_HEARTBEAT = "next-heartbeat"
 
 
-@dataclass(frozen=True, slots=True)
-class WakeRequest:
+class WakeRequest(msgspec.Struct, frozen=True):
     """What a door asks for. A blank session key or agent id means none.
 
     With a `turn` the event has a turn of its own: it is due at once and handed over alone, and the
@@ -59,8 +58,7 @@ class WakeRequest:
     run_id: UUID | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True):
     """What happened: the answer of every door.
 
     `event_id` names the event that stands for the wake: its own or, where it was coalesced with

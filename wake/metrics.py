@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Final
 
 from django.db import DatabaseError, connection, transaction
@@ -82,7 +83,7 @@ class Counts:
 
     def wake(self, source: str, outcome: str, amount: int = 1) -> None:
         """Count wakes: `queued`, `coalesced`, `replayed` or, by `note_wake`, not taken."""
-        self.count(WAKES, amount, door=door(source), outcome=outcome)
+        self._amounts[_wake(source, outcome)] += amount
 
     def started(self, events_at: Iterable[datetime], now: datetime) -> None:
         """Count the events of a first attempt, stored at these times, as handed to a run."""
@@ -136,6 +137,11 @@ class Counts:
                 f"DO UPDATE SET value = {table}.value + excluded.value",
                 [value for row in rows for value in row],
             )
+
+
+@lru_cache(maxsize=1024)
+def _wake(source: str, outcome: str) -> tuple[str, str]:
+    return WAKES.name, written(WAKES, {"door": door(source), "outcome": outcome})
 
 
 def written(metric: Metric, labels: dict[str, str]) -> str:

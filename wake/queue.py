@@ -20,6 +20,7 @@ from datetime import datetime, timedelta
 from typing import Final, Literal
 from uuid import UUID
 
+import msgspec
 from django.db import transaction
 from django.db.models import Count, F, Q, Subquery
 from uuid_utils.compat import uuid7
@@ -66,8 +67,7 @@ _IDLE_REASONS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
+class Due(msgspec.Struct, frozen=True):
     """When a session is to have its next heartbeat, and why."""
 
     at: datetime
@@ -88,8 +88,7 @@ class Turn:
     timeout_seconds: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True):
     """One event to store, when its session is due with it, and who else is nudged with it.
 
     `note_mode` is the mode of the note about the outcome of its `turn`, if it has one. `run_id` is
@@ -109,8 +108,7 @@ class Entry:
     self_wake_limit: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Stored:
+class Stored(msgspec.Struct, frozen=True):
     """What became of an entry: the event that stands for it."""
 
     outcome: Literal["queued", "coalesced"]

@@ -7,11 +7,11 @@ database takes for it; these statements are written once and work on SQLite and 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
+import msgspec
 from django.db import connection
 
 from wake import columns
@@ -37,8 +37,7 @@ _MOST_PARAMETERS: Final = 10_000
 _EVENTS_AT_ONCE: Final = 50
 
 
-@dataclass(slots=True)
-class SessionRow:
+class SessionRow(msgspec.Struct):
     """A session as the queue decides about it; the fields are those of the model."""
 
     pk: int
@@ -100,8 +99,7 @@ _EVENT_COLUMNS: Final = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class EventRow:
+class EventRow(msgspec.Struct, frozen=True):
     """An event that is stored or to be stored; `pk` is None until it is."""
 
     uid: UUID
@@ -114,8 +112,7 @@ class EventRow:
     pk: int | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class QueuedEvent:
+class QueuedEvent(msgspec.Struct, frozen=True):
     """A queued event as a heartbeat takes it, with the turn of its own that it may have."""
 
     pk: int
@@ -189,7 +186,7 @@ def due_sessions(agent_id: str, priority: int, now: datetime, limit: int) -> lis
 
 def leased_session(pk: int, run_id: UUID) -> SessionRow | None:
     """Return the session if its lease is this run's, locked."""
-    found = _sessions("id = %s AND lease_token = %s", [pk, columns.uuid(run_id)])
+    found = _sessions("id = %s AND lease_token = %s", [pk, columns.uuids()(run_id)])
     return found[0] if found else None
 
 
@@ -207,12 +204,12 @@ def save_arrivals(sessions: Iterable[SessionRow]) -> None:
 
 def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) -> None:
     """Store sessions that were leased."""
-    moment = columns.moments()
+    moment, uuid = columns.moments(), columns.uuids()
     _execute_many(
         _LEASE,
         [
             (
-                columns.uuid(row.lease_token) if row.lease_token else None,
+                uuid(row.lease_token) if row.lease_token else None,
                 owner,
                 moment(until),
                 row.attempts,
@@ -247,8 +244,7 @@ def save_free(row: SessionRow, *, last_heartbeat_at: datetime | None = None) -> 
 # --- Heartbeats ---------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class HeartbeatRow:
+class HeartbeatRow(msgspec.Struct, frozen=True):
     """A heartbeat that begins."""
 
     run_id: UUID
@@ -261,13 +257,13 @@ class HeartbeatRow:
 
 def insert_heartbeats(heartbeats: Iterable[HeartbeatRow], now: datetime) -> None:
     """Store heartbeats as running."""
-    started_at = columns.moments()(now)
+    started_at, uuid = columns.moments()(now), columns.uuids()
     columns.insert(
         _HEARTBEATS,
         _HEARTBEAT_COLUMNS,
         (
             (
-                columns.uuid(row.run_id),
+                uuid(row.run_id),
                 row.session_id,
                 row.reason,
                 row.attempt,
@@ -300,7 +296,7 @@ def finish_heartbeat(
     _execute_many(
         f"UPDATE {_HEARTBEATS} SET status = %s, finished_at = %s, prompt = %s, reply = %s, "  # noqa: S608
         "error = %s WHERE run_id = %s",
-        [(status, columns.moments()(now), prompt, reply, error, columns.uuid(run_id))],
+        [(status, columns.moments()(now), prompt, reply, error, columns.uuids()(run_id))],
     )
 
 
@@ -311,13 +307,13 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
     """Store new events as queued, in their order."""
     if not events:
         return
-    created_at = columns.moments()(now)
+    created_at, uuid = columns.moments()(now), columns.uuids()
     columns.insert(
         _EVENTS,
         _EVENT_COLUMNS,
         (
             (
-                columns.uuid(event.uid),
+                uuid(event.uid),
                 event.session_id,
                 event.text,
                 event.source,
@@ -358,7 +354,7 @@ def settle_events(pks: Sequence[int], state: str, run_id: UUID, now: datetime) -
             f"UPDATE {_EVENTS} SET state = %s, settled_at = %s, heartbeat_id = "  # noqa: S608
             f"(SELECT id FROM {_HEARTBEATS} WHERE run_id = %s) "
             f"WHERE id IN ({columns.marks(pks)}) AND state = 'queued'",
-            [state, columns.moments()(now), columns.uuid(run_id), *pks],
+            [state, columns.moments()(now), columns.uuids()(run_id), *pks],
         )
         return int(cursor.rowcount)
 
