@@ -380,7 +380,7 @@ def _record(drafts: Sequence[Draft]) -> None:
     columns.insert(
         HookDelivery._meta.db_table,
         _COLUMNS,
-        (
+        [
             (
                 uuid(draft.uid),
                 moment(draft.received_at),
@@ -403,7 +403,7 @@ def _record(drafts: Sequence[Draft]) -> None:
                 columns.json_text(draft.query) if draft.query else "{}",
             )
             for draft in drafts
-        ),
+        ],
     )
     # A replay is a person's; its client has shown nothing.
     throttling.clear({draft.client for draft in drafts if draft.replay_of_id is None})

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
+from functools import lru_cache
+from itertools import chain
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
@@ -61,11 +63,51 @@ def json_text(value: Any) -> str | None:
     return None if value is None else msgspec.json.encode(value).decode()
 
 
-def insert(table: str, columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> None:
+# So many rows go into one statement. On SQLite each step of a statement lets other threads run, and
+# waits until it may go on: a hundred rows in one step are a hundred times less waiting.
+ROWS_AT_ONCE: Final = 128
+
+
+def insert(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Insert rows of stored values, in their order."""
-    statement = f"INSERT INTO {table} ({', '.join(columns)}) VALUES ({marks(columns)})"  # noqa: S608
+    head = f"INSERT INTO {table} ({', '.join(columns)}) VALUES "  # noqa: S608
+    for part in _parts(rows):
+        _execute(head + _row_marks(len(columns), len(part)), part)
+
+
+def update(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+    """Set columns of rows: each is its id and then the values, as they are stored."""
+    if connection.vendor != "sqlite":
+        sets = ", ".join(f"{column} = %s" for column in columns)
+        with connection.cursor() as cursor:
+            cursor.executemany(
+                f"UPDATE {table} SET {sets} WHERE id = %s",  # noqa: S608
+                [(*values, pk) for pk, *values in rows],
+            )
+        return
+    sets = ", ".join(f"{column} = v.column{place}" for place, column in enumerate(columns, 2))
+    for part in _parts(rows):
+        values = _row_marks(len(columns) + 1, len(part))
+        _execute(
+            f"UPDATE {table} SET {sets} FROM (VALUES {values}) AS v "  # noqa: S608
+            f"WHERE {table}.id = v.column1",
+            part,
+        )
+
+
+def _parts(rows: Sequence[Sequence[Any]]) -> Iterator[Sequence[Sequence[Any]]]:
+    return (rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE))
+
+
+@lru_cache(maxsize=1024)
+def _row_marks(columns: int, rows: int) -> str:
+    row = f"({', '.join(['%s'] * columns)})"
+    return ", ".join([row] * rows)
+
+
+def _execute(statement: str, rows: Sequence[Sequence[Any]]) -> None:
     with connection.cursor() as cursor:
-        cursor.executemany(statement, list(rows))
+        cursor.execute(statement, list(chain.from_iterable(rows)))
 
 
 def delete(table: str, column: str, values: Sequence[Any]) -> None:

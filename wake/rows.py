@@ -59,19 +59,21 @@ _SESSION_COLUMNS: Final = (
     "id, agent_id, key, queued, attempts, due_at, due_reason, held_until, held_by, own_runs, "
     "batch_through, last_event_at, lease_token"
 )
-_DUE: Final = "due_at = %s, due_reason = %s, held_until = %s, held_by = %s"
-_SAVE_ARRIVAL: Final = (
-    f"UPDATE {_SESSIONS} SET queued = %s, attempts = %s, {_DUE}, last_event_at = %s "  # noqa: S608
-    "WHERE id = %s"
-)
-_LEASE: Final = (
-    f"UPDATE {_SESSIONS} SET lease_token = %s, lease_owner = %s, lease_until = %s, attempts = %s, "  # noqa: S608
-    f"{_DUE}, batch_through = %s, own_runs = %s WHERE id = %s"
+_DUE_COLUMNS: Final = ("due_at", "due_reason", "held_until", "held_by")
+_ARRIVAL_COLUMNS: Final = ("queued", "attempts", *_DUE_COLUMNS, "last_event_at")
+_LEASE_COLUMNS: Final = (
+    "lease_token",
+    "lease_owner",
+    "lease_until",
+    "attempts",
+    *_DUE_COLUMNS,
+    "batch_through",
+    "own_runs",
 )
 _FREE: Final = (
     f"UPDATE {_SESSIONS} SET lease_token = NULL, lease_owner = '', lease_until = NULL, "  # noqa: S608
-    f"queued = %s, attempts = %s, {_DUE}, batch_through = %s, "
-    "last_heartbeat_at = COALESCE(%s, last_heartbeat_at) WHERE id = %s"
+    f"queued = %s, attempts = %s, {', '.join(f'{column} = %s' for column in _DUE_COLUMNS)}, "
+    "batch_through = %s, last_heartbeat_at = COALESCE(%s, last_heartbeat_at) WHERE id = %s"
 )
 _HEARTBEAT_COLUMNS: Final = (
     "run_id",
@@ -193,10 +195,11 @@ def leased_session(pk: int, run_id: UUID) -> SessionRow | None:
 def save_arrivals(sessions: Iterable[SessionRow]) -> None:
     """Store what an arriving event, or a schedule, changes of its session."""
     moment = columns.moments()
-    _execute_many(
-        _SAVE_ARRIVAL,
+    columns.update(
+        _SESSIONS,
+        _ARRIVAL_COLUMNS,
         [
-            (row.queued, row.attempts, *_due(row, moment), moment(row.last_event_at), row.pk)
+            (row.pk, row.queued, row.attempts, *_due(row, moment), moment(row.last_event_at))
             for row in sessions
         ],
     )
@@ -205,10 +208,12 @@ def save_arrivals(sessions: Iterable[SessionRow]) -> None:
 def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) -> None:
     """Store sessions that were leased."""
     moment, uuid = columns.moments(), columns.uuids()
-    _execute_many(
-        _LEASE,
+    columns.update(
+        _SESSIONS,
+        _LEASE_COLUMNS,
         [
             (
+                row.pk,
                 uuid(row.lease_token) if row.lease_token else None,
                 owner,
                 moment(until),
@@ -216,7 +221,6 @@ def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) 
                 *_due(row, moment),
                 row.batch_through,
                 row.own_runs,
-                row.pk,
             )
             for row in sessions
         ],
@@ -226,17 +230,15 @@ def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) 
 def save_free(row: SessionRow, *, last_heartbeat_at: datetime | None = None) -> None:
     """Store a session whose lease is given back; the time of its last heartbeat, if it had one."""
     moment = columns.moments()
-    _execute_many(
+    _execute(
         _FREE,
         [
-            (
-                row.queued,
-                row.attempts,
-                *_due(row, moment),
-                row.batch_through,
-                moment(last_heartbeat_at),
-                row.pk,
-            )
+            row.queued,
+            row.attempts,
+            *_due(row, moment),
+            row.batch_through,
+            moment(last_heartbeat_at),
+            row.pk,
         ],
     )
 
@@ -261,7 +263,7 @@ def insert_heartbeats(heartbeats: Iterable[HeartbeatRow], now: datetime) -> None
     columns.insert(
         _HEARTBEATS,
         _HEARTBEAT_COLUMNS,
-        (
+        [
             (
                 uuid(row.run_id),
                 row.session_id,
@@ -276,7 +278,7 @@ def insert_heartbeats(heartbeats: Iterable[HeartbeatRow], now: datetime) -> None
                 "",
             )
             for row in heartbeats
-        ),
+        ],
     )
 
 
@@ -293,10 +295,10 @@ def finish_heartbeat(
     run_id: UUID, status: str, now: datetime, *, prompt: str, reply: str, error: str
 ) -> None:
     """Store the end of a heartbeat."""
-    _execute_many(
+    _execute(
         f"UPDATE {_HEARTBEATS} SET status = %s, finished_at = %s, prompt = %s, reply = %s, "  # noqa: S608
         "error = %s WHERE run_id = %s",
-        [(status, columns.moments()(now), prompt, reply, error, columns.uuids()(run_id))],
+        [status, columns.moments()(now), prompt, reply, error, columns.uuids()(run_id)],
     )
 
 
@@ -311,7 +313,7 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
     columns.insert(
         _EVENTS,
         _EVENT_COLUMNS,
-        (
+        [
             (
                 uuid(event.uid),
                 event.session_id,
@@ -324,7 +326,7 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
                 created_at,
             )
             for event in events
-        ),
+        ],
     )
 
 
@@ -420,10 +422,9 @@ def _fetch(statement: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
         return list(cursor.fetchall())
 
 
-def _execute_many(statement: str, parameters: list[tuple[Any, ...]]) -> None:
-    if parameters:
-        with connection.cursor() as cursor:
-            cursor.executemany(statement, parameters)
+def _execute(statement: str, parameters: Sequence[Any]) -> None:
+    with connection.cursor() as cursor:
+        cursor.execute(statement, parameters)
 
 
 def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:

@@ -131,7 +131,7 @@ def test_recording_costs_the_sender_no_commit(send: Send) -> None:
         send(body={"text": "x"}, headers={"Idempotency-Key": "k"})
     statements = [query["sql"] for query in queries]
     recorded = next(
-        n for n, sql in enumerate(statements) if 'INSERT INTO "hooks_hookdelivery"' in sql
+        n for n, sql in enumerate(statements) if sql.startswith("INSERT INTO hooks_hookdelivery")
     )
     commits = [n for n, sql in enumerate(statements) if sql == "COMMIT"]
     assert commits[0] > recorded

@@ -163,7 +163,7 @@ def test_a_right_credential_clears_the_count_with_one_statement() -> None:
     fail("2001:db8::1", FAILURES)
     fail(CLIENT, FAILURES)
     with transaction.atomic(), CaptureQueriesContext(connection) as queries:
-        clear("2001:db8::2")
+        clear(["2001:db8::2"])
     assert [query["sql"].split()[0] for query in queries] == ["DELETE"]
     assert fail("2001:db8::1", FAILURES + 1) == [*[None] * FAILURES, 60]
     assert note_failure(CLIENT, NOW) == 60
@@ -227,7 +227,7 @@ def test_failures_and_right_credentials_at_the_same_time_do_not_hinder_each_othe
                 if number % 2:
                     note_failure(CLIENT, NOW + seconds(step))
                 else:
-                    clear(CLIENT)
+                    clear([CLIENT])
         finally:
             connection.close()
 
