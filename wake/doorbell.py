@@ -5,7 +5,7 @@ In the same process they hear it directly. From another process they hear it
 
 * on PostgreSQL through LISTEN and NOTIFY, which the database sends with the commit;
 * on SQLite by asking `PRAGMA data_version` on a connection of its own: one read of shared memory
-  that changes when any other connection commits.
+  that changes when any other connection commits. One thread asks for all listeners of a process.
 
 A ring says which sessions changed, where the way has room for it: on SQLite another process's does
 not. Hearing too often is harmless. Hearing nothing is made good by the listener's own slow poll.
@@ -37,7 +37,8 @@ MAX_NOTIFICATION_CHARACTERS: Final = 7900
 Hear = Callable[[Collection[int]], None]
 
 _listeners: set[Hear] = set()
-_listeners_lock = threading.Lock()
+_watchers: dict[Path, _Watcher] = {}
+_lock = threading.Lock()  # of both
 
 
 def ring(sessions: Collection[int] = ()) -> None:
@@ -54,7 +55,7 @@ def ring(sessions: Collection[int] = ()) -> None:
 
 
 def _tell_this_process(sessions: Collection[int]) -> None:
-    with _listeners_lock:
+    with _lock:
         listeners = list(_listeners)
     for listener in listeners:
         listener(sessions)
@@ -70,13 +71,13 @@ async def listen(heard: Hear) -> AsyncIterator[None]:
         with contextlib.suppress(RuntimeError):
             loop.call_soon_threadsafe(heard, sessions)
 
-    with _listeners_lock:
+    with _lock:
         _listeners.add(hear)
     try:
         async with _listen_to_other_processes(hear):
             yield
     finally:
-        with _listeners_lock:
+        with _lock:
             _listeners.discard(hear)
 
 
@@ -90,17 +91,9 @@ async def _listen_to_other_processes(hear: Hear) -> AsyncIterator[None]:
             task.cancel()
             await asyncio.gather(task, return_exceptions=True)
     elif connection.vendor == "sqlite" and not connection.is_in_memory_db():  # type: ignore[attr-defined]
-        stopped = threading.Event()
-        path = Path(str(connection.settings_dict["NAME"]))
-        watcher = threading.Thread(
-            target=_watch_sqlite, args=(path, hear, stopped), name="doorbell", daemon=True
-        )
-        watcher.start()
-        try:
+        async with _watch(Path(str(connection.settings_dict["NAME"]))):
+            hear(())  # what was committed while nobody listened
             yield
-        finally:
-            stopped.set()
-            await asyncio.to_thread(watcher.join)
     else:
         yield
 
@@ -130,7 +123,38 @@ async def _listen_on_postgresql(parameters: dict[str, Any], hear: Hear) -> None:
         await asyncio.sleep(RECONNECT_SECONDS)
 
 
-def _watch_sqlite(path: Path, hear: Hear, stopped: threading.Event) -> None:
+class _Watcher:
+    """A thread that watches a SQLite file, and how many listeners there are for it."""
+
+    def __init__(self, path: Path) -> None:
+        self.listeners = 0
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(
+            target=_watch_sqlite, args=(path, self.stopped), name="doorbell", daemon=True
+        )
+        self.thread.start()
+
+
+@contextlib.asynccontextmanager
+async def _watch(path: Path) -> AsyncIterator[None]:
+    """Have the file watched while this lasts. The last one to leave ends the watching."""
+    with _lock:
+        watcher = _watchers.get(path) or _watchers.setdefault(path, _Watcher(path))
+        watcher.listeners += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            watcher.listeners -= 1
+            is_last = not watcher.listeners
+            if is_last:
+                del _watchers[path]
+        if is_last:
+            watcher.stopped.set()
+            await asyncio.to_thread(watcher.thread.join)
+
+
+def _watch_sqlite(path: Path, stopped: threading.Event) -> None:
     while not stopped.is_set():
         try:
             with contextlib.closing(
@@ -141,7 +165,7 @@ def _watch_sqlite(path: Path, hear: Hear, stopped: threading.Event) -> None:
                     (version,) = watching.execute("PRAGMA data_version").fetchone()
                     if version != seen:
                         seen = version
-                        hear(())
+                        _tell_this_process(())
         except sqlite3.Error as error:
             logger.warning("doorbell: cannot watch the database (%s); trying again", error)
             stopped.wait(RECONNECT_SECONDS)

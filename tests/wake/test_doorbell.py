@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import time
 
 import pytest
@@ -64,25 +65,25 @@ async def test_a_transaction_that_fails_rings_nothing() -> None:
         assert not await heard_within(heard, 0.1)
 
 
+def work_elsewhere() -> None:
+    """Commit on a bare connection: nothing of this process but the database can tell."""
+    if connection.vendor == "postgresql":
+        import psycopg
+
+        parameters = connection.get_connection_params()
+        parameters = {name: parameters[name] for name in ("dbname", "user", "host", "port")
+                      if parameters.get(name)}  # fmt: skip
+        with psycopg.connect(**parameters) as other:
+            other.execute("SELECT pg_notify(%s, '')", [doorbell.CHANNEL])
+    else:
+        import sqlite3
+
+        with contextlib.closing(sqlite3.connect(connection.settings_dict["NAME"])) as elsewhere:
+            elsewhere.execute("UPDATE wake_agent SET name = name || '!'")
+            elsewhere.commit()
+
+
 async def test_work_of_another_process_is_heard_at_once() -> None:
-    """A bare connection commits: nothing of this process but the database can tell."""
-
-    def work_elsewhere() -> None:
-        if connection.vendor == "postgresql":
-            import psycopg
-
-            parameters = connection.get_connection_params()
-            parameters = {name: parameters[name] for name in ("dbname", "user", "host", "port")
-                          if parameters.get(name)}  # fmt: skip
-            with psycopg.connect(**parameters) as other:
-                other.execute("SELECT pg_notify(%s, '')", [doorbell.CHANNEL])
-        else:
-            import sqlite3
-
-            with contextlib.closing(sqlite3.connect(connection.settings_dict["NAME"])) as elsewhere:
-                elsewhere.execute("UPDATE wake_agent SET name = name || '!'")
-                elsewhere.commit()
-
     heard = asyncio.Event()
     async with doorbell.listen(lambda _: heard.set()):
         await settle_down(heard)
@@ -90,6 +91,55 @@ async def test_work_of_another_process_is_heard_at_once() -> None:
         began = time.monotonic()
         assert await heard_within(heard, 1)
         assert time.monotonic() - began < 0.5, "that was the slow poll's work"
+
+
+async def test_a_listener_that_stays_hears_other_processes_when_the_others_have_left() -> None:
+    first, second = asyncio.Event(), asyncio.Event()
+    async with doorbell.listen(lambda _: second.set()):
+        async with doorbell.listen(lambda _: first.set()):
+            await settle_down(first)
+        await settle_down(second)
+        await asyncio.to_thread(work_elsewhere)
+        assert await heard_within(second, 1)
+    assert not first.is_set()
+
+
+async def test_whoever_comes_later_looks_at_what_was_there_before() -> None:
+    early, late = asyncio.Event(), asyncio.Event()
+    async with doorbell.listen(lambda _: early.set()):
+        await settle_down(early)
+        async with doorbell.listen(lambda _: late.set()):
+            assert await heard_within(late, 1)
+
+
+def watching() -> int:
+    return sum(thread.name == "doorbell" for thread in threading.enumerate())
+
+
+async def test_one_thread_watches_for_all_listeners_of_whatever_loop() -> None:
+    if connection.vendor != "sqlite":
+        pytest.skip("PostgreSQL tells by itself")
+
+    async def listen_here(heard: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
+        elsewhere = asyncio.Event()
+        async with doorbell.listen(lambda _: elsewhere.set()):
+            await settle_down(elsewhere)
+            loop.call_soon_threadsafe(heard.set)
+            assert await heard_within(elsewhere, 5)
+
+    before, loop = watching(), asyncio.get_running_loop()
+    heard, is_listening = asyncio.Event(), asyncio.Event()
+    async with doorbell.listen(lambda _: heard.set()), doorbell.listen(lambda _: None):
+        on_another = asyncio.create_task(
+            asyncio.to_thread(asyncio.run, listen_here(is_listening, loop))
+        )
+        await asyncio.wait_for(is_listening.wait(), 5)
+        assert watching() == before + 1
+        await settle_down(heard)
+        await asyncio.to_thread(work_elsewhere)
+        assert await heard_within(heard, 1)
+        await on_another
+    assert watching() == before
 
 
 async def test_a_listener_that_left_hears_nothing() -> None:
