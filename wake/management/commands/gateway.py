@@ -25,8 +25,8 @@ from django.db import DatabaseError, connection, transaction
 from uvicorn.supervisors import Multiprocess
 
 from hooks import tokens as hook_tokens
-from hooks.models import HookToken
-from wake import tokens
+from hooks.models import HookPolicy, HookToken
+from wake import status, tokens
 from wake.gateway.frames import MAX_HANDSHAKE_BYTES
 from wake.lifespan import HEARTBEATS_VARIABLE
 from wake.limits import raise_open_files_limit
@@ -62,8 +62,7 @@ class Command(BaseCommand):
         listening = _listen(host, port)
         try:
             with _one_at_a_time():
-                call_command("migrate", interactive=False, verbosity=0)
-                GatewaySettings.ensure()
+                _migrate()
                 self._show_once(_first_run())
         except (DatabaseError, OSError) as error:
             raise CommandError(f"cannot use the database: {error}") from error
@@ -141,6 +140,18 @@ def _one_at_a_time() -> Iterator[None]:
             cursor.execute("SELECT pg_advisory_unlock(%s)", [_MIGRATION_LOCK])
 
 
+def _migrate() -> None:
+    """Migrate where it is needed, and have the rows that are always there.
+
+    `migrate` itself takes its time even when there is nothing to do. It makes those rows too, but a
+    process that is killed may leave the tables without them.
+    """
+    if not status.is_migrated():
+        call_command("migrate", interactive=False, verbosity=0)
+    GatewaySettings.ensure()
+    HookPolicy.ensure()
+
+
 @transaction.atomic
 def _first_run() -> dict[str, str]:
     """Make the first user and the first tokens where there are none; return them by name."""
@@ -173,9 +184,8 @@ def _url(host: str, port: int) -> str:
 
 
 def _probe_url(url: str) -> str:
-    return (
-        url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:") + "/admin/login/"
-    )
+    # Not a page: one that nobody has opened yet takes its time.
+    return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:") + "/healthz"
 
 
 def _serve(listening: socket.socket, workers: int) -> None:
