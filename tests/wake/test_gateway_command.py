@@ -11,6 +11,18 @@ import pytest
 
 from tests.live import ROOT, LiveGateway
 
+# As if the process was killed between the last migration and what comes after it.
+CUT_SHORT = """
+from hooks.models import HookPolicy
+from wake.models import Agent, GatewaySettings, Session
+for model in (HookPolicy, GatewaySettings, Session, Agent): model.objects.all().delete()
+"""
+COUNT = """
+from hooks.models import HookPolicy
+from wake.models import Agent, GatewaySettings
+for model in (HookPolicy, GatewaySettings, Agent): print(model.objects.count())
+"""
+
 
 def test_the_first_start_shows_its_secrets_once_and_logs_none(tmp_path: Path) -> None:
     with LiveGateway(tmp_path) as gateway:
@@ -25,6 +37,24 @@ def test_the_first_start_shows_its_secrets_once_and_logs_none(tmp_path: Path) ->
         listed = gateway.manage("hook_tokens").stdout
         assert gateway.hook_token not in listed
         assert gateway.hook_token[:12] in listed
+
+
+def test_a_start_makes_the_rows_that_are_always_there_where_a_migration_was_cut_short(
+    tmp_path: Path,
+) -> None:
+    with LiveGateway(tmp_path) as gateway:
+        gateway.stop()
+        gateway.manage("shell", "-v0", "-c", CUT_SHORT)
+        gateway.start()
+        assert gateway.manage("shell", "-v0", "-c", COUNT).stdout.split() == ["1", "1", "1"]
+
+
+def test_a_start_migrates_a_database_of_an_older_version(tmp_path: Path) -> None:
+    with LiveGateway(tmp_path) as gateway:
+        gateway.stop()
+        gateway.manage("migrate", "-v0", "wake", "0004")
+        gateway.start()
+        assert "[ ]" not in gateway.manage("showmigrations").stdout
 
 
 def test_tokens_of_the_environment_take_the_place_of_made_ones(tmp_path: Path) -> None:
