@@ -45,6 +45,9 @@ from wake.errors import WakeError
 from wake.threads import call_in
 from wake.writer import BatchingWriter
 
+# It is kept which Hosts are known. A longer one is not, and takes no room there.
+MAX_HOST_BYTES: Final = 512
+
 writer: Final[BatchingWriter[Accepted, Settled]] = BatchingWriter(deliveries.store)
 
 # A body that is not there whole by then goes the other way, which knows how long to wait.
@@ -132,6 +135,8 @@ def _hook_path(scope: HTTPScope) -> str | None:
             host = value
         elif name in {b"cookie", b"upgrade"}:
             return None
+    if len(host) > MAX_HOST_BYTES:
+        return None
     return path if _is_known(host.decode("latin-1"), tuple(settings.ALLOWED_HOSTS)) else None
 
 
