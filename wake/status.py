@@ -17,6 +17,7 @@ from django.utils import timezone
 
 from wake import configuration
 from wake.models import Agent, EventState, Heartbeat, Session, SystemEvent
+from wake.session_states import unreached_reason
 
 PREVIEW_CHARACTERS: Final = 200
 
@@ -143,6 +144,7 @@ def health() -> dict[str, Any]:
                 "enabled": agent.enabled,
                 "paused": agent.paused,
                 "runner": agent.runner.value,
+                "unreached": unreached_reason(agent.id, snapshot),
                 "isDefault": agent.id == snapshot.default_agent,
             }
             for agent in snapshot.agents.values()

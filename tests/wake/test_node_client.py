@@ -28,6 +28,7 @@ call_command("agents", "set", "ops", program=["/bin/cat"])
 failing = ["/bin/sh", "-c", "echo nobody is at home >&2; exit 1"]
 call_command("agents", "set", "failing", "--max-attempts", "1", program=failing)
 call_command("agents", "set", "retired", "--disable")
+call_command("agents", "set", "boxed", "--runner", "inbox", "--every", "off")
 """
 QUICKLY = (
     "--no-audit",

@@ -71,6 +71,8 @@ for (const path of ['/', '/ws']) {
       'connect.challenge',
       'health',
       'heartbeat',
+      'heartbeat.lost',
+      'heartbeat.run',
       'presence',
       'session.message',
       'sessions.changed',

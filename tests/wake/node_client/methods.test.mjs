@@ -24,6 +24,10 @@ const SCOPES = {
   'sessions.messages.unsubscribe': 'operator.read',
   'heartbeats.get': 'operator.read',
   activity: 'operator.read',
+  'agent.attach': 'operator.write',
+  'agent.detach': 'operator.write',
+  'heartbeat.progress': 'operator.write',
+  'heartbeat.done': 'operator.write',
 };
 
 let client;
@@ -50,6 +54,8 @@ async function delivered(sessionKey, text = 'ping', more = {}) {
   });
   const ended = await client.event(
     'heartbeat',
+    'heartbeat.lost',
+    'heartbeat.run',
     (run) => run.sessionKey === key && run.status !== 'running',
   );
   return { eventId, key, ended };
@@ -264,6 +270,55 @@ test('agents.list', async () => {
   const ids = agents.map(({ id }) => id);
   assert(ids.includes('main') && ids.includes('ops'), ids);
   assert(agents.every(({ name }) => typeof name === 'string'));
+});
+
+// --- Taking heartbeats ----------------------------------------------------------------------------
+
+test('a client takes the heartbeats of an agent', async () => {
+  const attached = await call('agent.attach', { agentId: 'boxed', capacity: 2 });
+  assert.deepEqual(
+    { ...attached, leaseMs: typeof attached.leaseMs, maxReplyBytes: typeof attached.maxReplyBytes },
+    {
+      ok: true,
+      agentId: 'boxed',
+      capacity: 2,
+      running: 0,
+      leaseMs: 'number',
+      maxReplyBytes: 'number',
+    },
+  );
+  const { eventId, sessionKey } = await call('wake', {
+    mode: 'now',
+    text: 'for the inbox',
+    sessionKey: 'node:inbox',
+    agentId: 'boxed',
+  });
+  const run = await client.event('heartbeat.run', (given) => given.sessionKey === sessionKey);
+  assert.equal(run.agentId, 'boxed');
+  assert.equal(run.attempt, 1);
+  assert.deepEqual(
+    run.events.map(({ id, text }) => [id, text]),
+    [[eventId, 'for the inbox']],
+  );
+  assert(run.prompt.includes('for the inbox'));
+  assert(run.deadlineMs > 0 && run.deadlineMs <= run.timeoutMs);
+  const { runId } = run;
+  const extended = await call('heartbeat.progress', { runId });
+  assert.deepEqual({ ...extended, deadlineMs: 0 }, { ok: true, runId, deadlineMs: 0 });
+  const detached = await call('agent.detach', { agentId: 'boxed' });
+  assert.deepEqual(detached, { ok: true, agentId: 'boxed', running: 1 });
+  const done = await call('heartbeat.done', { runId, status: 'delivered', reply: 'seen' });
+  assert.deepEqual(done, { ok: true, runId });
+  assert.equal((await call('heartbeats.get', { runId })).reply, 'seen');
+  await assert.rejects(call('heartbeat.done', { runId, status: 'delivered' }), {
+    code: 'INVALID_REQUEST',
+    details: { code: 'LEASE_LOST' },
+  });
+});
+
+test('agent.attach refuses other agents', async () => {
+  await refuses('agent.attach', { agentId: 'nobody' }, 'unknown agent "nobody"');
+  await assert.rejects(call('agent.attach', { agentId: 'main' }), { code: 'INVALID_REQUEST' });
 });
 
 // --- Sessions -------------------------------------------------------------------------------------

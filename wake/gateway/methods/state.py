@@ -16,8 +16,9 @@ from wake.gateway.scopes import READ
 
 @method("health", scope=READ, params=NoParams)
 def health(params: NoParams, caller: Caller) -> object:
-    """`ok`, `ts`, `durationMs`, `defaultAgentId`, `agents`, `queue` (`queued` events, `due` and
-    `running` and `held` sessions, `dead` letters), `heartbeats.enabled`."""
+    """`ok`, `ts`, `durationMs`, `defaultAgentId`, `agents`, `queue` (`queued` events, `due`,
+    `running` and `held` sessions, `dead` letters), `heartbeats.enabled`. An agent that nobody
+    reaches now has the reason in `unreached`, else null."""
     return status.health()
 
 

@@ -420,7 +420,8 @@ function takeTotals() {
     else Object.assign(known, { due: known.health.queue.due, waiting: 0 });
 }
 
-const isHeld = (agent) => !agent.enabled || agent.paused || agent.runner === "none";
+const isHeld = (agent) =>
+    !agent.enabled || agent.paused || agent.runner === "none" || agent.unreached !== null;
 
 const isAnyHeld = () => !known.health.heartbeats.enabled || known.health.agents.some(isHeld);
 
