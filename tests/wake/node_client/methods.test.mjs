@@ -54,8 +54,6 @@ async function delivered(sessionKey, text = 'ping', more = {}) {
   });
   const ended = await client.event(
     'heartbeat',
-    'heartbeat.lost',
-    'heartbeat.run',
     (run) => run.sessionKey === key && run.status !== 'running',
   );
   return { eventId, key, ended };
