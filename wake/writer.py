@@ -34,9 +34,9 @@ _Waiting = tuple[Job, "asyncio.Future[Result]"]
 class BatchingWriter(Generic[Job, Result]):
     """Stores jobs by `write`, which gets several and returns as many results, in their order.
 
-    A result may be a WakeError: that job's alone. What `write` raises is every job's of that batch,
-    and no other's. Jobs are stored in the order in which they were put in. `put` is called on one
-    event loop.
+    A result may be a WakeError: that job's alone. When `write` raises, whatever it is, no job of
+    that batch is stored, and all others are. Jobs are stored in the order in which they were put
+    in. `put` is called on one event loop.
     """
 
     def __init__(
@@ -50,8 +50,12 @@ class BatchingWriter(Generic[Job, Result]):
         self._most_at_once = most_at_once
         self._most_waiting = most_waiting
         self._jobs: SimpleQueue[_Waiting[Job, Result] | None] = SimpleQueue()
-        self._waiting = 0
+        # Whose jobs are not stored yet; changed on the event loop alone.
+        self._waiting: set[asyncio.Future[Result]] = set()
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._is_running = False
+        # Nothing is put in after the end was: nobody would ever take it.
+        self._lock = threading.Lock()
 
     @property
     def is_running(self) -> bool:
@@ -60,71 +64,107 @@ class BatchingWriter(Generic[Job, Result]):
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
-        """Store what is put in, on a thread of its own, while this lasts; at its end, the rest."""
-        thread = threading.Thread(target=self._serve, name="writer", daemon=True)
+        """Store what is put in, on a thread of its own, while this lasts; at its end, the rest.
+
+        What is not stored 10 s after the end is given up: who waits is told so.
+        """
+        jobs = self._jobs = SimpleQueue()
+        self._waiting = set()
+        thread = threading.Thread(target=self._serve, args=(jobs,), name="writer", daemon=True)
         thread.start()
         self._is_running = True
         try:
             yield
         finally:
-            self._is_running = False
-            self._jobs.put(None)
+            with self._lock:
+                self._is_running = False
+                jobs.put(None)
             thread.join(JOIN_SECONDS)
+            if thread.is_alive():
+                self._give_up(jobs)
 
     async def put(self, job: Job) -> Result:
-        """Return the job's result once it is committed.
+        """Return the job's result once it is committed. Who leaves meanwhile has it stored too.
 
-        Raises the WakeError that is its result, StorageUnavailable when too many wait already, and
-        what `write` raised.
+        Raises the WakeError that is its result, and StorageUnavailable: too many wait already, the
+        writer has stopped, or its batch failed.
         """
-        if self._waiting >= self._most_waiting:
-            raise StorageUnavailable("too much is waiting to be stored; try again")
-        done: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting += 1
-        self._jobs.put((job, done))
-        try:
-            return await done
-        finally:
-            self._waiting -= 1
+        loop = asyncio.get_running_loop()
+        with self._lock:
+            if not self._is_running:
+                raise StorageUnavailable("the gateway is stopping; try again")
+            if len(self._waiting) >= self._most_waiting:
+                raise StorageUnavailable("too much is waiting to be stored; try again")
+            done: asyncio.Future[Result] = loop.create_future()
+            self._loop = loop
+            self._waiting.add(done)
+            self._jobs.put((job, done))
+        return await done
 
-    def _serve(self) -> None:
-        while (batch := self._gathered()) is not None:
+    def _serve(self, jobs: SimpleQueue[_Waiting[Job, Result] | None]) -> None:
+        while (batch := self._gathered(jobs)) is not None:
             self._store(batch)
         connections.close_all()
 
-    def _gathered(self) -> list[_Waiting[Job, Result]] | None:
+    def _gathered(
+        self, jobs: SimpleQueue[_Waiting[Job, Result] | None]
+    ) -> list[_Waiting[Job, Result]] | None:
         """Wait for a job and return it with those that came meanwhile; None at the end."""
-        first = self._jobs.get()
+        first = jobs.get()
         if first is None:
             return None
         batch = [first]
         with contextlib.suppress(Empty):
             while len(batch) < self._most_at_once:
-                job = self._jobs.get_nowait()
+                job = jobs.get_nowait()
                 if job is None:
-                    self._jobs.put(None)
+                    jobs.put(None)
                     break
                 batch.append(job)
         return batch
 
     def _store(self, batch: list[_Waiting[Job, Result]]) -> None:
-        results: Sequence[Result | Exception]
+        results: Sequence[Result | WakeError]
         try:
             results = on_kept_connection(self._write, [job for job, _ in batch])
-        except Exception as error:
+            if len(results) != len(batch):
+                raise RuntimeError(f"{len(results)} results for {len(batch)} jobs")
+        except BaseException as error:  # whatever it is, the thread lives on: others wait for it
             if not isinstance(error, WakeError):
                 logger.exception("writer: a batch of %d failed", len(batch))
-            results = [error] * len(batch)
-        waiting = [done for _, done in batch]
-        with contextlib.suppress(RuntimeError):  # the loop is gone, and who waited with it
-            waiting[0].get_loop().call_soon_threadsafe(_tell, waiting, results)
+            results = [_unavailable() for _ in batch]
+        self._tell_on_loop([done for _, done in batch], results)
+
+    def _give_up(self, jobs: SimpleQueue[_Waiting[Job, Result] | None]) -> None:
+        """Tell all who wait that their jobs are not stored; the batch under way may be, yet."""
+        logger.error("writer: the database did not take everything in time")
+        with contextlib.suppress(Empty):
+            while True:
+                jobs.get_nowait()
+        jobs.put(None)
+        waiting = list(self._waiting)
+        self._tell_on_loop(waiting, [_unavailable() for _ in waiting])
+
+    def _tell_on_loop(
+        self, waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | WakeError]
+    ) -> None:
+        if self._loop is not None:
+            with contextlib.suppress(RuntimeError):  # the loop is gone, and who waited with it
+                self._loop.call_soon_threadsafe(self._tell, waiting, results)
+
+    def _tell(
+        self, waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | WakeError]
+    ) -> None:
+        self._waiting.difference_update(waiting)
+        for done, result in zip(waiting, results, strict=True):
+            if done.done():  # whoever waited has left
+                continue
+            if isinstance(result, WakeError):
+                done.set_exception(result)
+            else:
+                done.set_result(result)
 
 
-def _tell(waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | Exception]) -> None:
-    for done, result in zip(waiting, results, strict=True):
-        if done.done():  # whoever waited has left; it is stored all the same
-            continue
-        if isinstance(result, Exception):
-            done.set_exception(result)
-        else:
-            done.set_result(result)
+def _unavailable() -> StorageUnavailable:
+    # Each has its own: a traceback grows with every time that its error is raised.
+    return StorageUnavailable("the event could not be stored now; try again")
