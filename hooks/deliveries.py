@@ -10,11 +10,12 @@ import logging
 import time
 from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import groupby
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
-from django.db import DatabaseError, transaction
+from django.db import DatabaseError, DataError, IntegrityError, transaction
 from uuid_utils.compat import uuid7
 
 from hooks import answers, idempotency, throttling
@@ -221,18 +222,28 @@ def _decide(
 def store(batch: Sequence[Accepted]) -> list[Settled]:
     """Store what requests ask for, each of them whole or not at all; return them settled.
 
-    Those that are one wake and have no idempotency key share a transaction; the others have one
-    each. Raises nothing: what could not be stored is answered so, and not recorded yet.
+    They are stored in their order. Neighbours that are one wake each and have no idempotency key
+    share a transaction; the others have one each. Raises nothing: what could not be stored is
+    answered so, and not recorded yet. What follows it is not tried: a database that is locked
+    takes its time to say so, and would take it for each.
     """
-    settled: dict[int, Settled] = {}
-    plain = [place for place, accepted in enumerate(batch) if _is_plain(accepted)]
-    if len(plain) > 1:
-        together = _store_together([batch[place] for place in plain])
-        settled = dict(zip(plain, together, strict=True))
-    return [
-        settled[place] if place in settled else _store_alone(accepted)
-        for place, accepted in enumerate(batch)
-    ]
+    settled: list[Settled] = []
+    for is_plain, group in groupby(batch, _is_plain):
+        neighbours = list(group)
+        parts = [neighbours] if is_plain else [[accepted] for accepted in neighbours]
+        for part in parts:
+            if settled and settled[-1].answer.status == 503:
+                settled += map(_left, part)
+            elif len(part) > 1:
+                settled += _store_together(part)
+            else:
+                settled.append(_store_alone(part[0]))
+    return settled
+
+
+def _left(accepted: Accepted) -> Settled:
+    metrics.note_wake(DOOR, "failed", len(accepted.decision.wakes))
+    return _unstored(accepted)
 
 
 def _is_plain(accepted: Accepted) -> bool:
@@ -244,6 +255,7 @@ def _store_together(batch: Sequence[Accepted]) -> list[Settled]:
 
     One that is refused (its session is full) undoes no other.
     """
+    results: list[Receipt | WakeError] = []
     try:
         with transaction.atomic():
             results = dispatch_batch([accepted.decision.wakes[0] for accepted in batch])
@@ -258,8 +270,18 @@ def _store_together(batch: Sequence[Accepted]) -> list[Settled]:
             _record([accepted.draft for accepted in batch])
     except StorageUnavailable:
         return [_unstored(accepted) for accepted in batch]
+    except (DataError, IntegrityError):
+        # It is one of them, such as one whose mapping was deleted this moment.
+        return [
+            Settled(answer, accepted.draft, is_recorded=False)
+            if isinstance(result, WakeError)
+            else _store_alone(accepted)
+            for accepted, result, answer in zip(batch, results, answered, strict=True)
+        ]
     except DatabaseError:
-        metrics.note_wake(DOOR, "failed", len(batch))
+        # What was refused is counted already.
+        refused = sum(isinstance(result, WakeError) for result in results)
+        metrics.note_wake(DOOR, "failed", len(batch) - refused)
         return [_unstored(accepted) for accepted in batch]
     return [
         Settled(answer, accepted.draft, is_recorded=True)
@@ -295,14 +317,22 @@ def _store_alone(accepted: Accepted) -> Settled:
         metrics.note_wake(DOOR, "failed", len(accepted.decision.wakes))
         return _unstored(accepted)
     except WakeError as error:
-        answer = answers.of_error(error)
-        _complete(draft, answer, arrival, accepted.snapshot)
-        return Settled(answer, draft, is_recorded=False)
+        return _settled_by(error, accepted)
     return Settled(answer, draft, is_recorded=True)
 
 
 def _unstored(accepted: Accepted) -> Settled:
-    answer = answers.of_error(StorageUnavailable("the event could not be stored now; try again"))
+    return _settled_by(StorageUnavailable("the event could not be stored now; try again"), accepted)
+
+
+def refused_by_storage(accepted: Accepted, error: WakeError) -> Settled:
+    """Return a request settled that `store` has never seen, or failed over; and count it."""
+    metrics.note_wake(DOOR, "failed", len(accepted.decision.wakes))
+    return _settled_by(error, accepted)
+
+
+def _settled_by(error: WakeError, accepted: Accepted) -> Settled:
+    answer = answers.of_error(error)
     _complete(accepted.draft, answer, accepted.arrival, accepted.snapshot)
     return Settled(answer, accepted.draft, is_recorded=False)
 
@@ -436,12 +466,16 @@ def arrival_again(delivery: HookDelivery, now: datetime) -> Arrival:
 def replay(delivery: HookDelivery, now: datetime) -> HookDelivery:
     """Take a recorded delivery through today's configuration, and return the record of that.
 
-    Raises NotReplayable, and NotAuthorized when today's mapping is not open to its credential.
+    Raises NotReplayable, NotAuthorized when today's mapping is not open to its credential, and
+    StorageUnavailable when it came to nothing and that could not be recorded.
     """
     settled = take(arrival_again(delivery, now))
     if not settled.is_recorded:
         record(settled.draft)
-    return HookDelivery.objects.get(uid=settled.draft.uid)
+    made = HookDelivery.objects.filter(uid=settled.draft.uid).first()
+    if made is None:
+        raise StorageUnavailable(settled.draft.error or "it could not be recorded; try again")
+    return made
 
 
 def _storable(text: str) -> str:

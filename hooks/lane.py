@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Any, Final, cast
+from typing import Final, cast
 
 import msgspec
 from asgiref.typing import (
@@ -30,17 +31,20 @@ from asgiref.typing import (
     Scope,
 )
 from django.conf import settings
+from django.db import DatabaseError
 from django.http import HttpRequest, HttpResponse, QueryDict
 from django.http.request import split_domain_port, validate_host
 from django.http.response import HttpResponseBase
 from django.utils.module_loading import import_string
 
-from hooks import answers, deliveries, throttling
+from hooks import deliveries, throttling
 from hooks.answers import Answer
 from hooks.authentication import credential_of, is_use_noted, note_use
 from hooks.configuration import hooks
 from hooks.credentials import refuse_in_query
 from hooks.deliveries import Accepted, Arrival, Settled
+from hooks.mapping import on_path
+from hooks.models import ENDPOINTS
 from wake.errors import WakeError
 from wake.threads import call_in
 from wake.writer import BatchingWriter
@@ -55,13 +59,31 @@ SOON_SECONDS: Final = 0.05
 
 # What is done after an answer, and seldom: a token's use, the record of what was not accepted.
 _afterwards = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hooks-afterwards")
+# So many may wait for that. While the database is away each takes as long as its time limit.
+MOST_AFTERWARDS: Final = 256
+
+logger = logging.getLogger(__name__)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[None]:
+    """Let hooks that are accepted take the short way, while this lasts."""
+    _standing_headers()  # making the middleware takes its time: not that of the first hook
+    with writer.running():
+        yield
 
 
 def _headers(scope: HTTPScope) -> dict[str, str]:
-    """Return the headers by lower-case name; values of one that comes twice are joined."""
+    """Return the headers as Django has them, by lower-case name.
+
+    Values of one that comes twice are joined. One with an underscore is none: it could pass for
+    another.
+    """
     headers: dict[str, str] = {}
     for raw_name, raw_value in scope["headers"]:
         name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
+        if "_" in name:
+            continue
         headers[name] = f"{headers[name]},{value}" if name in headers else value
     return headers
 
@@ -83,10 +105,13 @@ class HookLane:
         accepted = None
         if event and event["type"] == "http.request" and not event.get("more_body", False):
             accepted = _begin(scope, path, event.get("body", b""))
-        if accepted:
-            await _send(await _stored(accepted), send)
-        else:
+        if accepted is None:
             await self._application(scope, _again(event, receive) if event else receive, send)
+            return
+        settled = await _stored(accepted)
+        await _send(settled.answer, send)
+        # In the request's own task, which a server that stops waits for.
+        await _do_afterwards(settled, accepted.arrival)
 
 
 def _begin(scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
@@ -94,9 +119,14 @@ def _begin(scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
     now, began = datetime.now(UTC), time.monotonic()
     if len(body) > hooks().max_body_bytes:
         return None
+    if path not in ENDPOINTS and any(
+        mapping.transform for mapping in on_path(hooks().mappings, path)
+    ):
+        return None  # anybody's code: it may take its time, and is to be called once
     headers = _headers(scope)
     try:
-        query = QueryDict(scope["query_string"]).dict() if scope["query_string"] else {}
+        # Decoded as Django does: what is not UTF-8 is refused.
+        query = QueryDict(scope["query_string"].decode()).dict() if scope["query_string"] else {}
         refuse_in_query(query)
         credential = credential_of(path, headers, lambda: body, now)
         if credential is None:
@@ -122,7 +152,7 @@ def _hook_path(scope: HTTPScope) -> str | None:
     """Return the hook's path below the base path, or None where Django is to look first.
 
     That is what its middleware would answer: an unknown Host, a NUL character, anything with a
-    cookie. Hooks have none.
+    cookie. Hooks have none. Who asks first whether to send the body may be told not to.
     """
     if scope["method"] != "POST" or b"%00" in scope["query_string"] or "\0" in scope["path"]:
         return None
@@ -132,8 +162,10 @@ def _hook_path(scope: HTTPScope) -> str | None:
     host = b""
     for name, value in scope["headers"]:
         if name == b"host":
+            if host:
+                return None
             host = value
-        elif name in {b"cookie", b"upgrade"}:
+        elif name in {b"cookie", b"upgrade", b"expect"}:
             return None
     if len(host) > MAX_HOST_BYTES:
         return None
@@ -165,31 +197,44 @@ def _again(event: ASGIReceiveEvent, receive: ASGIReceiveCallable) -> ASGIReceive
     return receive_again
 
 
-async def _stored(accepted: Accepted) -> Answer:
-    """Return the answer to a request once it is stored, or why it cannot be."""
+async def _stored(accepted: Accepted) -> Settled:
+    """Return a request settled: once it is stored, or with why it cannot be."""
     try:
-        settled = await writer.put(accepted)
+        return await writer.put(accepted)
     except WakeError as error:
-        return answers.of_error(error)
-    if not settled.is_recorded:
-        _later(deliveries.record, settled.draft)
-    arrival = accepted.arrival
-    if not is_use_noted(arrival.credential, arrival.received_at):
-        _later(note_use, arrival.credential, arrival.received_at)
-    return settled.answer
+        return deliveries.refused_by_storage(accepted, error)
 
 
-_under_way: set[asyncio.Task[None]] = set()
+_under_way = 0
+_left_out = 0  # deliveries that are not recorded, since that was last said
 
 
-def _later(do: Callable[..., None], *arguments: Any) -> None:
-    async def call() -> None:
-        with contextlib.suppress(RuntimeError):  # the process ends
-            await call_in(_afterwards, do, *arguments)
+async def _do_afterwards(settled: Settled, arrival: Arrival) -> None:
+    """Record what was not recorded with the event, and note the use of the token."""
+    global _under_way, _left_out
+    is_noted = is_use_noted(arrival.credential, arrival.received_at)
+    if settled.is_recorded and is_noted:
+        return
+    if _under_way >= MOST_AFTERWARDS:
+        _left_out += not settled.is_recorded
+        return
+    _under_way += 1
+    try:
+        if not settled.is_recorded:
+            await call_in(_afterwards, deliveries.record, settled.draft)
+        if not is_noted:
+            await call_in(_afterwards, _note_use, arrival)
+    finally:
+        _under_way -= 1
+    if _left_out:
+        logger.warning("hooks: %d deliveries are not recorded: too many waited", _left_out)
+        _left_out = 0
 
-    task = asyncio.create_task(call())
-    _under_way.add(task)
-    task.add_done_callback(_under_way.discard)
+
+def _note_use(arrival: Arrival) -> None:
+    # It is noted again with the next request: no reason to fail.
+    with contextlib.suppress(DatabaseError):
+        note_use(arrival.credential, arrival.received_at)
 
 
 async def _send(answer: Answer, send: ASGISendCallable) -> None:

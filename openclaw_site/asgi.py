@@ -35,6 +35,6 @@ application = ProtocolTypeRouter(
                 re_path("", WebsocketDenier.as_asgi()),
             ]
         ),
-        "lifespan": Lifespan(lane.writer.running),
+        "lifespan": Lifespan(lane.running),
     }
 )

@@ -63,10 +63,12 @@ class Lifespan:
                 settle_memory()
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
-                if heartbeats and serving:
-                    heartbeats.stop()
-                    await serving
-                    pulse.expect(False)
-                await asyncio.to_thread(beside.close)
+                try:
+                    if heartbeats and serving:
+                        heartbeats.stop()
+                        await serving
+                        pulse.expect(False)
+                finally:  # what others wait for is stored, however the heartbeats ended
+                    await asyncio.to_thread(beside.close)
                 await send({"type": "lifespan.shutdown.complete"})
                 return

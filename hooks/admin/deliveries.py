@@ -44,6 +44,7 @@ from wake.admin.screens import (
     preview,
 )
 from wake.admin.tables import events_table
+from wake.errors import StorageUnavailable
 from wake.models import SystemEvent
 from wake.presentation import counted, exact, first_line, run_time
 
@@ -381,6 +382,8 @@ def _replayed(delivery: HookDelivery) -> str:
         made = replay(delivery, timezone.now())
     except NotAuthorized as error:
         return f"refused: {error}"
+    except StorageUnavailable as error:
+        return f"failed: {error}"
     outcome = DeliveryOutcome(made.outcome)
     return f"{outcome.value}: {first_line(visible(made.error))}" if made.error else outcome.value
 

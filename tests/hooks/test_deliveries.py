@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from django.db import OperationalError, connection
+from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
 
@@ -15,6 +16,7 @@ from hooks.deliveries import NotReplayable
 from hooks.errors import NotAuthorized
 from hooks.models import FailedCredentials, HookDelivery, HookMapping
 from tests.hooks.conftest import Send, allow_keys, rows, set_policy
+from wake.errors import StorageUnavailable
 from wake.models import GatewaySettings, SystemEvent
 
 pytestmark = pytest.mark.django_db
@@ -138,13 +140,14 @@ def test_recording_costs_the_sender_no_commit(send: Send) -> None:
     assert len(commits) == 1
 
 
-def test_a_record_that_cannot_be_written_undoes_the_event(send: Send) -> None:
-    def fail(execute: Any, sql: str, *arguments: Any) -> Any:
-        if sql.startswith("INSERT") and "hookdelivery" in sql:
-            raise OperationalError("disk full")
-        return execute(sql, *arguments)
+def _without_records(execute: Any, sql: str, *arguments: Any) -> Any:
+    if sql.startswith("INSERT") and "hookdelivery" in sql:
+        raise OperationalError("disk full")
+    return execute(sql, *arguments)
 
-    with connection.execute_wrapper(fail):
+
+def test_a_record_that_cannot_be_written_undoes_the_event(send: Send) -> None:
+    with connection.execute_wrapper(_without_records):
         assert send(body={"text": "x"}).status_code == 503
         assert send(body={"text": ""}).status_code == 400  # its record is lost, not its answer
     assert rows() == (0, 0, 0)
@@ -207,6 +210,19 @@ def test_a_replay_says_nothing_about_its_clients_credentials(send: Send) -> None
     for delivery in list(HookDelivery.objects.all()):
         replay(delivery)
     assert FailedCredentials.objects.count() == 1
+
+
+def test_a_replay_that_is_not_stored_says_so(send: Send, admin_client: Client) -> None:
+    send(body={"text": "x"})
+    delivery = only()
+    selected = {"action": "replay", "_selected_action": [delivery.pk]}
+    with connection.execute_wrapper(_without_records):
+        with pytest.raises(StorageUnavailable, match="could not be stored now"):
+            replay(delivery)
+        page = admin_client.post("/admin/hooks/hookdelivery/", selected, follow=True)
+    assert page.status_code == 200
+    assert "could not be stored now" in page.content.decode()
+    assert SystemEvent.objects.count() == HookDelivery.objects.count() == 1
 
 
 def test_without_its_body_a_delivery_cannot_be_sent_again(send: Send) -> None:

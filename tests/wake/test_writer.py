@@ -56,12 +56,16 @@ async def running(writer: BatchingWriter[int, int]) -> AsyncIterator[None]:
         await asyncio.to_thread(context.__exit__, None, None, None)
 
 
+async def until(condition: Callable[[], object]) -> None:
+    while not condition():  # noqa: ASYNC110 - another thread makes it true
+        await asyncio.sleep(0.001)
+
+
 async def held(desk: Desk, writer: BatchingWriter[int, int], *jobs: int) -> list[asyncio.Task[int]]:
     """Put jobs in while the desk holds the first one, and return who waits for them."""
     desk.is_open.clear()
     waiting = [asyncio.create_task(writer.put(0))]
-    while not desk.batches:
-        await asyncio.sleep(0.001)
+    await until(lambda: desk.batches)
     waiting += [asyncio.create_task(writer.put(job)) for job in jobs]
     await asyncio.sleep(0.01)
     return waiting
@@ -212,8 +216,7 @@ async def test_wakes_that_wait_share_a_transaction() -> None:
         waiting = []
         for text in texts:
             waiting.append(asyncio.create_task(writer.put(WakeRequest(text, "cli"))))
-            while not written:
-                await asyncio.sleep(0.001)
+            await until(lambda: written)
         await asyncio.sleep(0.01)
         is_open.set()
         results = await asyncio.gather(*waiting, return_exceptions=True)
