@@ -153,7 +153,7 @@ async def test_who_leaves_is_written_all_the_same_and_counts_until_then(desk: De
         with pytest.raises(StorageUnavailable):
             await writer.put(3)
         desk.is_open.set()
-        assert await asyncio.gather(waiting[0], waiting[2]) == [0, 4]
+        assert await asyncio.gather(*waiting[::2]) == [0, 4]
     assert desk.taken == [0, 1, 2]
 
 
