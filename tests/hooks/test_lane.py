@@ -147,6 +147,7 @@ def _without_uuid(key: str) -> str:
 @pytest.fixture
 def site() -> Iterator[Site]:
     """The site with mappings, tokens, and keys of requests allowed below `hook:`."""
+    metrics._noted.clear()
     allow_keys("hook:")
     ci = HookMapping.objects.create(name="ci", match_path="ci", text_template="ci {{payload}}")
     HookMapping.objects.create(
