@@ -485,6 +485,21 @@ def test_when_the_database_is_away_one_of_a_batch_waits_for_it_and_no_other(
     assert metrics._noted.pop(("hook", "failed")) == 3
 
 
+def test_records_that_wait_are_bounded_and_what_is_left_out_is_said(
+    site: Site, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    GatewaySettings.objects.update(max_queued_events=0)
+    monkeypatch.setattr(lane, "MOST_AFTERWARDS", 2)
+    is_open = threading.Event()
+    lane._afterwards.submit(is_open.wait, 10)
+    with lane.running():
+        for _ in range(4):
+            assert site.ask(Request({"text": "x"}))[0] == 429
+        is_open.set()
+        until(lambda: "2 deliveries are not recorded" in caplog.text)
+        until(lambda: HookDelivery.objects.count() == 2)
+
+
 def test_who_leaves_has_the_event_stored_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request({"text": "x"})
     with holding(monkeypatch) as (is_open, sizes):
