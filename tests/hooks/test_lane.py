@@ -79,7 +79,8 @@ class Site:
     def ask(self, request: Request) -> tuple[int, dict[str, str], Any]:
         """Send a request and return status, headers and the body, without what differs always."""
         with socket.create_connection(("127.0.0.1", self.port), 10) as connected:
-            for part in request.parts(self):
+            parts = list(request.parts(self))
+            for part in parts if request.slow else [b"".join(parts)]:
                 connected.sendall(part)
                 time.sleep(0.02)
             response = http.client.HTTPResponse(connected, method=request.method)
@@ -100,6 +101,7 @@ class Request:
     host: Sequence[str] = ("Host: localhost",)
     method: str = "POST"
     chunks: int = 0  # how many the body comes in; else its length is announced
+    slow: bool = False  # in parts
     signed: bool = False
     takes_lane: bool = True
 
@@ -179,7 +181,7 @@ def site() -> Iterator[Site]:
         by_django.append(cast("Any", scope)["path"])
         await django(scope, receive, send)
 
-    with serving(BodyLimit(HookLane(counted))) as url:
+    with serving(HookLane(BodyLimit(counted))) as url:
         port = int(url.rstrip("/").rsplit(":", 1)[1])
         yield Site(port, tokens.create("tests")[1], shown, by_django)
 
@@ -252,7 +254,11 @@ REQUESTS = {
     ),
     "agent": Request({"message": "x", "name": "n", "timeoutSeconds": 5}, "/hooks/agent"),
     "chunks": Request({"text": "x" * 100}, chunks=5),
-    "expect": Request({"text": "x"}, lines=[*KEYED, "Expect: 100-continue"]),
+    "slow chunks": Request({"text": "x" * 100}, chunks=5, slow=True, takes_lane=False),
+    "parts": Request({"text": "x" * 100}, slow=True, takes_lane=False),
+    "expect": Request(
+        {"text": "x"}, lines=[*KEYED, "Expect: 100-continue"], slow=True, takes_lane=False
+    ),
     "outer slashes": Request({"text": "x"}, "/hooks//wake/"),
     "escaped": Request({"text": "x"}, "/hooks/w%61ke"),
     "a dot": Request({"text": "x"}, "/hooks/%2e/wake", takes_lane=False),
@@ -504,8 +510,7 @@ def test_who_leaves_has_the_event_stored_once(site: Site, monkeypatch: pytest.Mo
     request = Request({"text": "x"})
     with holding(monkeypatch) as (is_open, sizes):
         with socket.create_connection(("127.0.0.1", site.port), 10) as connected:
-            for part in request.parts(site):
-                connected.sendall(part)
+            connected.sendall(b"".join(request.parts(site)))
             until(lambda: sizes)
         is_open.set()
         until(HookDelivery.objects.exists)
