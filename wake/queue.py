@@ -14,7 +14,7 @@ from __future__ import annotations
 import heapq
 import random
 from collections import defaultdict
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Final, Literal
@@ -608,6 +608,24 @@ def settle(
         counts.run(claim.runner, status)
         counts.write()
         doorbell.ring([session.pk])
+
+
+def settle_together(steps: Sequence[Callable[[], None]]) -> list[LeaseLost | None]:
+    """Call steps that settle claims, in one transaction; return for each why it was refused.
+
+    A step that raises LeaseLost has changed nothing, and undoes no other. What else one raises
+    undoes all of them, and is raised.
+    """
+    with transaction.atomic():
+        return [_refusal(step) for step in steps]
+
+
+def _refusal(step: Callable[[], None]) -> LeaseLost | None:
+    try:
+        step()
+    except LeaseLost as lost:
+        return lost
+    return None
 
 
 def fail(

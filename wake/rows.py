@@ -369,13 +369,26 @@ def newest_queued_events(session_ids: Sequence[int]) -> list[EventRow]:
     """
     found: list[EventRow] = []
     for part in _parts(session_ids):
-        statement = (
-            "SELECT uid, session_id, text, source, external, alone, own, id "  # noqa: S608
-            f"FROM {_EVENTS} WHERE id IN (SELECT (SELECT e.id FROM {_EVENTS} e "
+        rest = (
+            f"FROM {_EVENTS} WHERE id IN (SELECT (SELECT e.id FROM {_EVENTS} e "  # noqa: S608
             f"WHERE e.session_id = s.id AND e.state = 'queued' ORDER BY e.id DESC LIMIT 1) "
             f"FROM {_SESSIONS} s WHERE s.id IN ({columns.marks(part)}))"
         )
-        found += [EventRow(columns.uuid_of(uid), *rest) for uid, *rest in _fetch(statement, part)]
+        for uid, session_id, text, source, external, alone, own, pk in columns.select(
+            "uid, session_id, text, source, external, alone, own, id", rest, part
+        ):
+            found.append(
+                EventRow(
+                    columns.uuid_of(uid),
+                    session_id,
+                    text,
+                    source,
+                    bool(external),
+                    bool(alone),
+                    bool(own),
+                    pk,
+                )
+            )
     return found
 
 
@@ -388,8 +401,8 @@ def _sessions(
     lock = ""
     if connection.features.has_select_for_update:
         lock = " FOR UPDATE SKIP LOCKED" if skip_locked else " FOR UPDATE"
-    statement = f"SELECT {_SESSION_COLUMNS} FROM {_SESSIONS} WHERE {where}{lock}"  # noqa: S608
-    return [_session(row) for row in _fetch(statement, parameters)]
+    found = columns.select(_SESSION_COLUMNS, f"FROM {_SESSIONS} WHERE {where}{lock}", parameters)
+    return [_session(row) for row in found]
 
 
 def _session(row: Sequence[Any]) -> SessionRow:

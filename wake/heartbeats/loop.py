@@ -16,7 +16,7 @@ import secrets
 import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
@@ -95,6 +95,9 @@ class HeartbeatLoop:
         self._reap_from = 0.0
         # What was last said about how agents are reached, and when to say it again.
         self._reached: tuple[dict[str, Reach], float] = ({}, 0.0)
+        # Settling steps that wait for their transaction, and who takes them there.
+        self._to_settle: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
+        self._settling: asyncio.Task[None] | None = None
         self._database = ThreadPoolExecutor(max_workers=1, thread_name_prefix="heartbeats-database")
 
     def stop(self) -> None:
@@ -306,7 +309,7 @@ class HeartbeatLoop:
         """
         while True:
             try:
-                await self._in_database(step)
+                await self._with_others(step)
             except LeaseLost as lost:
                 logger.warning("heartbeats: %s; its outcome was refused", lost, extra=_ids(claim))
             except DatabaseError as error:
@@ -320,6 +323,39 @@ class HeartbeatLoop:
             else:
                 return True
             return False
+
+    async def _with_others(self, step: Callable[[], None]) -> None:
+        """Call a settling step in one transaction with those that came while the last one ran.
+
+        Raises LeaseLost or DatabaseError; then nothing of this step is stored.
+        """
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._to_settle.append((step, done))
+        if self._settling is None:
+            self._settling = asyncio.create_task(self._settle_gathered())
+        await done
+
+    async def _settle_gathered(self) -> None:
+        while self._to_settle:
+            gathered, self._to_settle = self._to_settle, []
+            results = await self._results_of([step for step, _ in gathered])
+            for (_, done), result in zip(gathered, results, strict=True):
+                if done.done():  # whoever waited was cancelled
+                    continue
+                if result is None:
+                    done.set_result(None)
+                else:
+                    done.set_exception(result)
+        self._settling = None
+
+    async def _results_of(self, steps: Sequence[Callable[[], None]]) -> Sequence[Exception | None]:
+        try:
+            return await self._in_database(queue.settle_together, steps)
+        except Exception as error:
+            if len(steps) == 1:
+                return [error]
+        # It may be one of them: each for itself.
+        return [result for step in steps for result in await self._results_of([step])]
 
     def _settle_step(self, claim: Claim, turn: Turn, outcome: Outcome) -> None:
         now = self._clock()
