@@ -30,6 +30,7 @@ from wake.dispatch import (
     parse_run_id,
     resolve_session,
 )
+from wake.presentation import one_line
 
 WAKE_PATH: Final = "wake"
 AGENT_PATH: Final = "agent"
@@ -236,7 +237,7 @@ def _turn_of_payload(payload: Any) -> WakeRequest:
     deliver = payload.get("deliver")
     if deliver is not None and not isinstance(deliver, bool):
         raise PayloadError("deliver must be true or false")
-    name = _one_line(_string(payload, "name") or "")[:100] or AGENT_PATH
+    name = one_line(_string(payload, "name") or "")[:100] or AGENT_PATH
     return WakeRequest(
         text=message,
         # Not the name: the agent reads the source outside of what is marked as data.
@@ -262,10 +263,6 @@ def _timeout(payload: dict[str, Any]) -> int | None:
     if not is_number or not 1 <= value <= LONGEST_TURN_SECONDS:
         raise PayloadError(f"timeoutSeconds must be a number from 1 to {LONGEST_TURN_SECONDS}")
     return int(value)
-
-
-def _one_line(text: str) -> str:
-    return " ".join("".join(c if c.isprintable() else " " for c in text).split())
 
 
 def _string(payload: dict[str, Any], name: str) -> str | None:

@@ -53,3 +53,9 @@ def first_line(text: str, limit: int = 120) -> str:
 def counted(count: int, singular: str, plural: str = "") -> str:
     """Return a number with its noun: `1 event`, `2 events`, `10,000 events`."""
     return f"{count:,} {singular if count == 1 else plural or singular + 's'}"
+
+
+def one_line(text: str) -> str:
+    """Return text on one line: nothing unprintable, single spaces."""
+    printable = "".join(character if character.isprintable() else " " for character in text)
+    return " ".join(printable.split())

@@ -331,7 +331,8 @@ async def test_the_token_comes_from_a_variable_of_the_list(
     monkeypatch.delenv(VARIABLE, raising=False)
     async with reaching(turn, up=False) as runner:
         await until(lambda: "is not set" in runner.reach(turn.agent).problem)
-        assert runner.reach(turn.agent).problem == f"the environment variable {VARIABLE} is not set"
+        problem = f"the environment variable {VARIABLE} is not set or empty"
+        assert runner.reach(turn.agent).problem == problem
         monkeypatch.setenv(VARIABLE, "the-token\n")
         settings.AGENT_KEY_VARIABLES = []
         await until(lambda: "AGENT_KEY_VARIABLES" in runner.reach(turn.agent).problem)

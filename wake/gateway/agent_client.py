@@ -23,7 +23,7 @@ from websockets.asyncio.client import connect as open_websocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus, WebSocketException
 
 from wake.configuration import AgentConfiguration
-from wake.gateway.client import (
+from wake.connecting import (
     CLOSE_SECONDS,
     MAX_MESSAGE_BYTES,
     STEP_SECONDS,

@@ -6,26 +6,26 @@ fail ends in `GatewayClientError`, whose text is one line for a person.
 
 from __future__ import annotations
 
-import ipaddress
 import json
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, Final
-from urllib.parse import urlsplit
+from typing import Any
 from uuid import uuid4
 
 from websockets.exceptions import ConnectionClosed, WebSocketException
 from websockets.sync.client import ClientConnection
 from websockets.sync.client import connect as open_websocket
 
+from wake.connecting import (
+    CLOSE_SECONDS,
+    MAX_MESSAGE_BYTES,
+    STEP_SECONDS,
+    connect_params,
+    is_this_machine,
+    websocket_url,
+)
 from wake.redaction import without_credentials
-from wake.status import version
-
-STEP_SECONDS: Final = 10.0
-CLOSE_SECONDS: Final = 1.0
-MAX_MESSAGE_BYTES: Final = 25 * 1024 * 1024
 
 
 class GatewayClientError(Exception):
@@ -99,43 +99,6 @@ def connect(
         raise GatewayClientError(f"{_shown(url)} closed the connection: {error}") from error
     except (OSError, WebSocketException, ValueError, ImportError) as error:
         raise GatewayClientError(f"cannot connect to {_shown(url)}: {error}") from error
-
-
-def connect_params(token: str, scopes: tuple[str, ...]) -> dict[str, Any]:
-    """Return the params of a `connect` that asks for these scopes; an empty token is none."""
-    return {
-        "minProtocol": 3,
-        "maxProtocol": 4,
-        # OpenClaw gives a client of another mode no scope without a paired device.
-        "client": {
-            "id": "gateway-client",
-            "version": version(),
-            "platform": sys.platform,
-            "mode": "backend",
-            "instanceId": str(uuid4()),
-        },
-        "caps": [],
-        "role": "operator",
-        "scopes": list(scopes),
-        "auth": {"token": token} if token else {},
-    }
-
-
-def websocket_url(url: str) -> str:
-    """Return the ws or wss URL that a gateway's http or https URL stands for."""
-    for written, meant in (("http://", "ws://"), ("https://", "wss://")):
-        if url.startswith(written):
-            return meant + url.removeprefix(written)
-    return url
-
-
-def is_this_machine(url: str) -> bool:
-    """Whether a URL's host is a loopback address or `localhost`. Raises ValueError."""
-    host = urlsplit(url).hostname or ""
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
 
 
 def _shown(url: str) -> str:

@@ -44,11 +44,11 @@ from wake.heartbeats.runners import (
 from wake.heartbeats.runners.event_stream import EventStream, EventTooLong
 from wake.heartbeats.runners.http_client import (
     new_client,
-    one_line,
     parse_retry_after,
     read_bounded,
 )
 from wake.heartbeats.runners.keys import read_key
+from wake.presentation import one_line
 from wake.redaction import without_credentials
 
 # What is held of an answer at once: all of it, or one event of its stream. JSON writes some

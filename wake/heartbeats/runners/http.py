@@ -20,11 +20,11 @@ from django.utils import timezone
 from wake.heartbeats.runners import MAX_REPLY_BYTES, Delivered, Failed, Outcome, Runner, Turn, cut
 from wake.heartbeats.runners.http_client import (
     new_client,
-    one_line,
     parse_retry_after,
     read_bounded,
 )
 from wake.heartbeats.runners.wire import as_json
+from wake.presentation import one_line
 from wake.redaction import without_credentials
 from wake.signing import signature_headers
 

@@ -74,9 +74,3 @@ def parse_retry_after(value: str | None, now: datetime) -> timedelta | None:
     except (ValueError, TypeError, IndexError, OverflowError):
         return None
     return wait if wait > timedelta(0) else None
-
-
-def one_line(text: str) -> str:
-    """Return text on one line, for an error: nothing unprintable, single spaces."""
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return " ".join(printable.split())

@@ -29,7 +29,6 @@ from typing import Any, Final, NoReturn, TypeVar
 from uuid import uuid4
 
 import msgspec
-from django.conf import settings
 from django.utils.crypto import salted_hmac
 from msgspec import Raw
 from websockets.asyncio.client import ClientConnection
@@ -43,13 +42,14 @@ from websockets.exceptions import (
 )
 
 from wake.configuration import AgentConfiguration
-from wake.gateway.client import (
+from wake.connecting import (
     CLOSE_SECONDS,
     MAX_MESSAGE_BYTES,
     connect_params,
     is_this_machine,
     websocket_url,
 )
+from wake.errors import KeyUnavailable
 from wake.heartbeats.prompt import frame_external
 from wake.heartbeats.runners import (
     MAX_ERROR_CHARACTERS,
@@ -62,6 +62,8 @@ from wake.heartbeats.runners import (
     Turn,
     cut,
 )
+from wake.heartbeats.runners.keys import read_key
+from wake.presentation import one_line
 from wake.queue import ClaimedEvent
 from wake.redaction import without_credentials
 
@@ -202,7 +204,7 @@ class _Error(msgspec.Struct, rename="camel"):
     @property
     def words(self) -> str:
         """The other gateway's own words, on one line."""
-        return _one_line(self.message or self.code or "it refused without a reason")
+        return _short(self.message or self.code or "it refused without a reason")
 
     @property
     def is_passing(self) -> bool:
@@ -285,9 +287,8 @@ def _decoded(data: Raw, expected: type[S]) -> S | None:
         return None
 
 
-def _one_line(text: str) -> str:
-    printable = "".join(character if character.isprintable() else " " for character in text)
-    return cut(" ".join(printable.split()), MAX_ERROR_CHARACTERS)
+def _short(text: str) -> str:
+    return cut(one_line(text), MAX_ERROR_CHARACTERS)
 
 
 # --- The connection -------------------------------------------------------------------------------
@@ -310,7 +311,7 @@ class _Away(Exception):
     def __init__(self, problem: str, said: str = "", *, slow: bool = False) -> None:
         super().__init__(problem)
         self.problem = problem
-        self.said = _one_line(said)
+        self.said = _short(said)
         self.slow = slow
 
 
@@ -410,7 +411,10 @@ class _Upstream:
 
     async def _stay_connected(self) -> NoReturn:
         """Connect, shake hands, and take what comes. Raises _Away, when it is over."""
-        token = self._token()
+        try:
+            token = read_key(self._key_variable)
+        except KeyUnavailable as error:
+            raise _Away(str(error), slow=True) from error
         try:
             async with open_websocket(
                 websocket_url(self._url),
@@ -434,19 +438,6 @@ class _Upstream:
             raise _Away(f"{self._named} is away: {self._reason(error)}", slow=is_invalid) from None
         finally:
             self._lose_all(_ConnectionLost())
-
-    def _token(self) -> str:
-        """Return the token for this gateway, empty where it needs none. Raises _Away."""
-        if not self._key_variable:
-            return ""
-        # Whoever changes agents must not be able to send just any variable away.
-        if self._key_variable not in settings.AGENT_KEY_VARIABLES:
-            problem = f"{self._key_variable} is not in the setting AGENT_KEY_VARIABLES"
-            raise _Away(problem, slow=True)
-        token = os.environ.get(self._key_variable, "").strip()
-        if not token:
-            raise _Away(f"the environment variable {self._key_variable} is not set", slow=True)
-        return token
 
     async def _shake_hands(self, connection: ClientConnection, token: str) -> _Hello:
         """Return the hello. Raises _Away when it is refused or does not let events in."""
@@ -551,6 +542,6 @@ class _Upstream:
 
 def _lost(named: str, closed: ConnectionClosed) -> _ConnectionLost | _NoAnswer:
     if closed.rcvd and closed.rcvd.code in CLOSED_FOR_WHAT_WAS_SENT:
-        words = _one_line(closed.rcvd.reason) or f"code {closed.rcvd.code}"
+        words = _short(closed.rcvd.reason) or f"code {closed.rcvd.code}"
         return _NoAnswer(f"{named} closed the connection instead of an answer: {words}")
     return _ConnectionLost()

@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import os
-import signal
 from collections.abc import Sequence
 from typing import Any, Final
 
@@ -16,9 +15,9 @@ from django.core.management.base import BaseCommand, CommandError, CommandParser
 
 from wake.gateway.agent_client import AgentClient, Refused
 from wake.heartbeats.runners.inbox import MAX_CAPACITY
+from wake.management.stopping import stop_on_signals
 from wake.management.terminal import one_line, text
 
-STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
 WRONG_USAGE: Final = 2
 
 
@@ -85,7 +84,6 @@ class Command(BaseCommand):
         self, url: str, token: str, agent: str, program: Sequence[str], capacity: int
     ) -> None:
         """Serve until the first signal. The second one cancels what is still being ended."""
-        loop = asyncio.get_running_loop()
         client = AgentClient(
             url,
             token,
@@ -95,21 +93,7 @@ class Command(BaseCommand):
             report=lambda line: self.stderr.write(one_line(line)),
             ready=self._ready,
         )
-        serving = asyncio.current_task()
-        assert serving is not None  # noqa: S101 - this is a coroutine
-
-        def stop_at_once() -> None:
-            for number in STOP_SIGNALS:
-                loop.remove_signal_handler(number)
-            serving.cancel()
-
-        def stop() -> None:
-            for number in STOP_SIGNALS:
-                loop.add_signal_handler(number, stop_at_once)
-            client.stop()
-
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, stop)
+        stop_on_signals(client.stop)
         await client.run()
 
     def _ready(self) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import signal
-from typing import Any, Final
+from typing import Any
 
 from django.core.management.base import BaseCommand, CommandError
 from django.db import DatabaseError, connection
@@ -12,8 +11,7 @@ from django.db import DatabaseError, connection
 from wake import status
 from wake.heartbeats.worker import Worker
 from wake.limits import raise_open_files_limit
-
-STOP_SIGNALS: Final = (signal.SIGINT, signal.SIGTERM)
+from wake.management.stopping import stop_on_signals
 
 
 class Command(BaseCommand):
@@ -31,23 +29,8 @@ class Command(BaseCommand):
 
     async def _serve(self) -> None:
         """Serve until the first signal. The second one cancels what is still being ended."""
-        loop = asyncio.get_running_loop()
         heartbeats = Worker()
-        serving = asyncio.current_task()
-        assert serving is not None  # noqa: S101 - this is a coroutine
-
-        def stop_at_once() -> None:
-            for number in STOP_SIGNALS:
-                loop.remove_signal_handler(number)
-            serving.cancel()
-
-        def stop() -> None:
-            for number in STOP_SIGNALS:
-                loop.add_signal_handler(number, stop_at_once)
-            heartbeats.stop()
-
-        for number in STOP_SIGNALS:
-            loop.add_signal_handler(number, stop)
+        stop_on_signals(heartbeats.stop)
         self.stdout.write("heartbeats ready")
         self.stdout.flush()
         await heartbeats.run()
