@@ -22,6 +22,8 @@ from tests.wake.gateway_server import Json, Wire, connected
 from tests.wake.processes import is_alive
 
 LEASE_SECONDS = 2
+# Where only the frozen one is to lose it, however busy the machine is.
+LONGER_LEASE = 5
 WAIT_SECONDS = 30
 
 # The whole of it is 300 sessions and 3,000 events; it takes some minutes.
@@ -216,7 +218,7 @@ def test_three_clients_share_the_work_though_one_is_killed_and_one_is_frozen(
 
     with ExitStack() as stack:
         gateway = stack.enter_context(
-            LiveGateway(tmp_path, environment={"HEARTBEAT_LEASE_SECONDS": str(LEASE_SECONDS)})
+            LiveGateway(tmp_path, environment={"HEARTBEAT_LEASE_SECONDS": str(LONGER_LEASE)})
         )
         use_inbox(gateway)
         killed, frozen, good = (
@@ -238,7 +240,7 @@ def test_three_clients_share_the_work_though_one_is_killed_and_one_is_frozen(
 
         killed.die()
         frozen.freeze()
-        time.sleep(2 * LEASE_SECONDS)
+        time.sleep(1.5 * LONGER_LEASE)
         given = Counter(run[0] for run in runs())
         frozen.process.send_signal(signal.SIGCONT)
         wait_for(lambda: len(delivered()) == EVENTS, 240)

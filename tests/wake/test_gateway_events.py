@@ -388,7 +388,8 @@ def test_without_read_nothing_but_ticks_is_told(gateway_url: str, listener: Wire
 
 
 def test_a_client_that_stops_reading_is_dropped_and_slows_nobody(gateway_url: str) -> None:
-    application = Connection.as_asgi(max_buffered_bytes=1_000_000)
+    # A third of what is told: those who read may be slow on a busy machine.
+    application = Connection.as_asgi(max_buffered_bytes=3_000_000)
     with (
         serving(application) as url,
         _small_socket(url) as small,

@@ -537,5 +537,6 @@ def test_agents_are_named_in_health(gateway_url: str) -> None:
         "enabled": True,
         "paused": True,
         "runner": "none",
+        "unreached": None,
         "isDefault": False,
     }
