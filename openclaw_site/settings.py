@@ -106,6 +106,8 @@ TEMPLATES = [
 
 DATABASES = {"default": env.db_url("DATABASE_URL", default=f"sqlite:///{BASE_DIR / 'db.sqlite3'}")}
 if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
+    # Django's own, with the writers of a process in a row.
+    DATABASES["default"]["ENGINE"] = "wake.sqlite"
     DATABASES["default"]["OPTIONS"] = {
         # A writer takes the write lock when its transaction begins, so that two writers wait for
         # each other instead of failing half-way.
