@@ -37,6 +37,8 @@ async def application(
     body, more = b"", True
     while more:
         event = await receive()
+        if event["type"] == "http.disconnect":  # the gateway was stopped in the middle of it
+            return
         body += event.get("body", b"")
         more = event.get("more_body", False)
     if scope["method"] == "POST":
