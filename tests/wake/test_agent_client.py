@@ -141,6 +141,16 @@ class Client:
         self.process.kill()
 
 
+def run_of(pid: int) -> str:
+    """Return the run that a program was started for, or nothing where it has just ended."""
+    try:
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    except (OSError, ProcessLookupError):
+        return ""
+    found = (entry for entry in environment if entry.startswith(b"OPENCLAW_RUN_ID="))
+    return next(found, b"=").partition(b"=")[2].decode()
+
+
 def state_of(pid: int) -> str:
     return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
 
@@ -239,12 +249,10 @@ def test_three_clients_share_the_work_though_one_is_killed_and_one_is_frozen(
         wait_for(lambda: len(delivered()) > EVENTS / 10, 60)
 
         killed.die()
-        before = {run[1] for run in runs()}
-        frozen.freeze()
+        # What it has when it freezes: the programs end, and it cannot tell anybody.
+        late = {run_of(program) for program in frozen.freeze()} - {""}
         time.sleep(1.5 * LONGER_LEASE)
         given = Counter(run[0] for run in runs())
-        # What it had when it froze: the programs ended, and nobody could be told.
-        late = {run[1] for run in runs() if run[0] == "frozen"} - before
         frozen.process.send_signal(signal.SIGCONT)
         wait_for(lambda: len(delivered()) == EVENTS, 240)
         sender.join(60)
