@@ -89,8 +89,10 @@ class Hub:
         self._present: list[dict[str, Any]] = []
         self._read_at = -SNAPSHOT_SECONDS
         self._reading = asyncio.Lock()
-        # Whether a change of a session was told since the queue was counted.
-        self._has_told_change = False
+        # When the queue was counted last, and when what was told last had been heard of.
+        self._counted_at = self._told_from = time.monotonic()
+        # When the doorbell rang first since the last look at what changed.
+        self._heard_at: float | None = None
         # One thread follows, one looks after the rest, so that neither waits for the other.
         self._following = ThreadPoolExecutor(1, thread_name_prefix="gateway-changes")
         self._database = ThreadPoolExecutor(1, thread_name_prefix="gateway-hub")
@@ -127,7 +129,7 @@ class Hub:
             if is_old and not self._readers():
                 read_at = time.monotonic()
                 self._health, self._present = await self._in_database(_read)
-                self._read_at = read_at
+                self._read_at = self._counted_at = read_at
         settings = configuration.gateway()
         return Snapshot(
             presence=self._present,
@@ -181,6 +183,7 @@ class Hub:
 
     def _hear(self, sessions: Collection[int]) -> None:
         self._changed.update(sessions)
+        self._heard_at = self._heard_at or time.monotonic()
         self._health_changed.set()
         self._is_presence_stale = True
         self._heard.set()
@@ -214,6 +217,7 @@ class Hub:
             await asyncio.wait_for(self._heard.wait(), POLL_SECONDS)
         self._heard.clear()
         changed, self._changed = self._changed, set()
+        heard_at, self._heard_at = self._heard_at or time.monotonic(), None
         try:
             found = await call_in(
                 self._following,
@@ -226,6 +230,7 @@ class Hub:
             )
         except Exception:
             self._changed |= changed
+            self._heard_at = heard_at
             raise
         for payload in found.heartbeats:
             self._tell("heartbeat", payload, self._readers())
@@ -233,7 +238,7 @@ class Hub:
         for session, payload in found.messages:
             self._tell("session.message", payload, followers.get(session, ()))
         for payload in found.sessions:
-            self._has_told_change = True
+            self._told_from = heard_at
             self._tell("sessions.changed", payload, self._listing())
         if not found.is_all:
             self._heard.set()
@@ -268,8 +273,9 @@ class Hub:
         except DatabaseError:
             self._health_changed.set()
             raise
-        is_missed = health["queue"] != self._health["queue"] and not self._has_told_change
-        self._health, self._has_told_change = health, False
+        # What was heard before the queue was counted last is in that count, however late it is told.
+        is_missed = health["queue"] != self._health["queue"] and self._told_from < self._counted_at
+        self._health, self._counted_at = health, began
         self._tell("health", health, self._readers())
         if is_missed:
             self._tell("sessions.changed", many_changed(timezone.now()), self._listing())
