@@ -384,7 +384,12 @@ class HookDelivery(models.Model):
     credential_mappings: models.JSONField[Any, Any] = models.JSONField(null=True)
     path = models.CharField(max_length=500, help_text="Below the hooks' base path.")
     mapping = models.ForeignKey(
-        HookMapping, on_delete=models.SET_NULL, null=True, blank=True, related_name="+"
+        HookMapping,
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        db_index=False,
+        related_name="+",
     )
     mapping_name = models.CharField(max_length=100, blank=True)
     status = models.PositiveSmallIntegerField(help_text="The HTTP status of the answer.")
@@ -393,7 +398,12 @@ class HookDelivery(models.Model):
     answer: models.JSONField[Any, Any] = models.JSONField(null=True)
     idempotency_key = models.CharField(max_length=200, blank=True)
     replay_of = models.ForeignKey(
-        "self", on_delete=models.SET_NULL, null=True, blank=True, related_name="replays"
+        "self",
+        on_delete=models.SET_NULL,
+        null=True,
+        blank=True,
+        db_index=False,
+        related_name="replays",
     )
     has_body = models.BooleanField(default=False)
     body = models.BinaryField(null=True)
@@ -408,6 +418,15 @@ class HookDelivery(models.Model):
                 fields=["id"],
                 condition=Q(outcome__in=["refused", "failed"]),
                 name="delivery_failures",
+            ),
+            # What most deliveries have not, costs them nothing.
+            models.Index(
+                fields=["mapping"], condition=Q(mapping__isnull=False), name="delivery_mapping"
+            ),
+            models.Index(
+                fields=["replay_of"],
+                condition=Q(replay_of__isnull=False),
+                name="delivery_replay_of",
             ),
         ]
 

@@ -18,7 +18,7 @@ from typing import Final
 
 from django.db.models import QuerySet, Sum
 
-from wake.models import EventState, Heartbeat, HeartbeatStatus, SystemEvent
+from wake.models import Heartbeat, HeartbeatStatus, Session, SystemEvent
 
 MINUTE: Final = timedelta(minutes=1)
 MOST_MINUTES: Final = 180
@@ -85,7 +85,7 @@ def last_minutes(count: int, now: datetime) -> list[Minute]:
             del _held[start]
     told = [flows[start] for start in starts]
     depths = walk_back(
-        SystemEvent.objects.filter(state=EventState.QUEUED).count(),
+        Session.objects.aggregate(queued=Sum("queued", default=0))["queued"],
         [flow.queued - flow.delivered - flow.dead for flow in told],
     )
     return [

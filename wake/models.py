@@ -435,7 +435,10 @@ class SystemEvent(models.Model):
 
     id = models.BigAutoField(primary_key=True)
     uid = models.UUIDField(unique=True, editable=False, verbose_name="event id")
-    session = models.ForeignKey(Session, on_delete=models.PROTECT, related_name="events")
+    # No index of its own: `event_session` begins with it.
+    session = models.ForeignKey(
+        Session, on_delete=models.PROTECT, related_name="events", db_index=False
+    )
     text = models.TextField()
     source = models.CharField(max_length=200, help_text="Where it came from: cli, ws, hook:NAME, …")
     external = models.BooleanField(
@@ -453,15 +456,19 @@ class SystemEvent(models.Model):
         on_delete=models.SET_NULL,
         null=True,
         blank=True,
+        db_index=False,
         related_name="events",
         help_text="The run that settled it.",
     )
 
     class Meta:
         indexes: ClassVar = [
-            # queue.claim: a session's queued events in order; the newest one, for coalescing.
+            # queue.claim: a session's queued events in order; the newest one, for coalescing. One
+            # index of a session's events, because each costs every wake a page of its own.
+            models.Index(fields=["session", "state", "id"], name="event_session"),
+            # What a run settled; most of what comes is not settled yet.
             models.Index(
-                fields=["session", "id"], condition=Q(state="queued"), name="event_queued"
+                fields=["heartbeat"], condition=Q(heartbeat__isnull=False), name="event_heartbeat"
             ),
             # The admin's dead letters; few rows, so the index stays small.
             models.Index(fields=["session", "id"], condition=Q(state="dead"), name="event_dead"),

@@ -310,6 +310,9 @@ def _history(rng: random.Random, *, events: int, burst: float, gaps: bool) -> No
         for row, pk in zip(rows, ids, strict=True):
             row.pk = pk
     SystemEvent.objects.bulk_create(rows)
+    session.queued = sum(row.state == EventState.QUEUED for row in rows)
+    session.due_at = NOON
+    session.save()
 
 
 def _recount(now: datetime) -> list[tuple[int, int, int, int, int | None, int | None]]:

@@ -84,16 +84,14 @@ def test_readyz_says_what_is_wrong_with_the_loop(monkeypatch: pytest.MonkeyPatch
 def test_readyz_says_that_migrations_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_was_migrated", False)
     with connection.cursor() as cursor:
-        cursor.execute(
-            "UPDATE django_migrations SET name = 'x' WHERE name = '0005_runners_and_guards'"
-        )
+        cursor.execute("UPDATE django_migrations SET name = 'x' WHERE name = '0006_event_indexes'")
     try:
         answer = Client().get("/readyz")
         assert (answer.status_code, answer.content) == (503, b"the database is not migrated\n")
     finally:
         with connection.cursor() as cursor:
             cursor.execute(
-                "UPDATE django_migrations SET name = '0005_runners_and_guards' WHERE name = 'x'"
+                "UPDATE django_migrations SET name = '0006_event_indexes' WHERE name = 'x'"
             )
     assert Client().get("/readyz").status_code == 200
 

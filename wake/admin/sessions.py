@@ -10,7 +10,7 @@ from django.http import HttpRequest
 from django.utils import timezone
 from django.utils.html import format_html
 
-from wake import configuration, queue
+from wake import configuration, queue, rows
 from wake.admin.screens import (
     NEWEST,
     ReadOnlyPage,
@@ -94,7 +94,10 @@ class SessionAdmin(ReadOnlyPage):
 
     def tables_for(self, row: Session) -> list[Table]:
         return [
-            events_table("Newest events", row.events.order_by("-pk"), NEWEST),
+            events_table(
+                "Newest events",
+                row.events.filter(pk__in=rows.newest_events(row.pk, NEWEST)).order_by("-pk"),
+            ),
             heartbeats_table("Newest heartbeats", row.heartbeats.all()),
         ]
 

@@ -83,7 +83,7 @@ def heartbeat_duration(heartbeat: Heartbeat) -> str:
     return run_time(heartbeat.duration)
 
 
-def events_table(title: str, events: QuerySet[SystemEvent], limit: int | None = None) -> Table:
+def events_table(title: str, events: QuerySet[SystemEvent]) -> Table:
     """Return these events, in their order, as a table."""
     rows = events.defer("text").annotate(text_start=Left("text", PREVIEW_CHARACTERS))
     return Table(
@@ -96,7 +96,7 @@ def events_table(title: str, events: QuerySet[SystemEvent], limit: int | None = 
                 moment(event.created_at),
                 event.source,
             )
-            for event in rows[:limit]
+            for event in rows
         ],
     )
 

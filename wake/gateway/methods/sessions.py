@@ -12,7 +12,7 @@ from django.db.models import F, Q, QuerySet
 from django.utils import timezone
 from msgspec import Meta
 
-from wake import configuration
+from wake import configuration, rows
 from wake.dispatch import resolve_session, session_to_read
 from wake.errors import Refused
 from wake.gateway import records
@@ -176,9 +176,9 @@ def _page(session_pk: int, place: _Place, limit: int) -> tuple[list[dict[str, An
     that was set back neither hides an item nor tells it twice.
     """
     heartbeats = Heartbeat.objects.filter(session=session_pk, pk__lt=place.heartbeat)
-    events = SystemEvent.objects.filter(session=session_pk, pk__lt=place.event)
+    events = rows.newest_events(session_pk, limit + 1, before=place.event)
     heartbeat_items = records.heartbeat_items(heartbeats.order_by("-pk")[: limit + 1])
-    event_items = records.event_items(events.order_by("-pk")[: limit + 1])
+    event_items = records.event_items(SystemEvent.objects.filter(pk__in=events).order_by("-pk"))
     items = list(
         # Heartbeats first, so that in one millisecond they come after the events they are for.
         heapq.merge(
