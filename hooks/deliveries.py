@@ -406,7 +406,7 @@ _COLUMNS: Final = (
 
 def _record(drafts: Sequence[Draft]) -> None:
     """Store records, and forget the wrong credentials of their clients."""
-    moment, uuid = columns.moments(), columns.uuids()
+    moment, uuid, flag = columns.moments(), columns.uuids(), columns.flags()
     columns.insert(
         HookDelivery._meta.db_table,
         _COLUMNS,
@@ -427,7 +427,7 @@ def _record(drafts: Sequence[Draft]) -> None:
                 columns.json_text(draft.answer),
                 draft.idempotency_key,
                 draft.replay_of_id,
-                draft.has_body,
+                flag(draft.has_body),
                 draft.body,
                 columns.json_text(draft.headers) if draft.headers else "{}",
                 columns.json_text(draft.query) if draft.query else "{}",

@@ -50,7 +50,7 @@ from wake.threads import call_in
 from wake.writer import BatchingWriter
 
 # It is kept which Hosts are known. A longer one is not, and takes no room there.
-MAX_HOST_BYTES: Final = 512
+MAX_HOST_LENGTH: Final = 512
 
 writer: Final[BatchingWriter[Accepted, Settled]] = BatchingWriter(deliveries.store)
 
@@ -98,13 +98,14 @@ class HookLane:
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
         path = _hook_path(scope) if scope["type"] == "http" and writer.is_running else None
-        if path is None or scope["type"] != "http":
+        headers = _headers(scope) if path and scope["type"] == "http" else {}
+        if path is None or scope["type"] != "http" or not _is_plain(headers):
             await self._application(scope, receive, send)
             return
         event = await _read(receive)
         accepted = None
         if event and event["type"] == "http.request" and not event.get("more_body", False):
-            accepted = _begin(scope, path, event.get("body", b""))
+            accepted = _begin(scope, path, headers, event.get("body", b""))
         if accepted is None:
             await self._application(scope, _again(event, receive) if event else receive, send)
             return
@@ -114,7 +115,7 @@ class HookLane:
         await _do_afterwards(settled, accepted.arrival)
 
 
-def _begin(scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
+def _begin(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) -> Accepted | None:
     """Return what a request asks for, or None where it is not simply accepted."""
     now, began = datetime.now(UTC), time.monotonic()
     if len(body) > hooks().max_body_bytes:
@@ -123,7 +124,6 @@ def _begin(scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
         mapping.transform for mapping in on_path(hooks().mappings, path)
     ):
         return None  # anybody's code: it may take its time, and is to be called once
-    headers = _headers(scope)
     try:
         # Decoded as Django does: what is not UTF-8 is refused.
         query = QueryDict(scope["query_string"].decode()).dict() if scope["query_string"] else {}
@@ -151,25 +151,28 @@ def _begin(scope: HTTPScope, path: str, body: bytes) -> Accepted | None:
 def _hook_path(scope: HTTPScope) -> str | None:
     """Return the hook's path below the base path, or None where Django is to look first.
 
-    That is what its middleware would answer: an unknown Host, a NUL character, anything with a
-    cookie. Hooks have none. Who asks first whether to send the body may be told not to.
+    That is what its middleware would answer: a NUL character.
     """
     if scope["method"] != "POST" or b"%00" in scope["query_string"] or "\0" in scope["path"]:
         return None
-    path = hooks().relative_path(scope["path"].removeprefix(scope.get("root_path", "")))
-    if path is None:
-        return None
-    host = b""
-    for name, value in scope["headers"]:
-        if name == b"host":
-            if host:
-                return None
-            host = value
-        elif name in {b"cookie", b"upgrade", b"expect"}:
-            return None
-    if len(host) > MAX_HOST_BYTES:
-        return None
-    return path if _is_known(host.decode("latin-1"), tuple(settings.ALLOWED_HOSTS)) else None
+    return hooks().relative_path(scope["path"].removeprefix(scope.get("root_path", "")))
+
+
+def _is_plain(headers: dict[str, str]) -> bool:
+    """Whether Django's middleware has nothing to say to a hook with these headers.
+
+    It answers an unknown Host, and anything with a cookie: hooks have none. Who asks first whether
+    to send the body may be told not to.
+    """
+    host = headers.get("host", "")
+    return (
+        headers.keys().isdisjoint(_NOT_PLAIN)
+        and len(host) <= MAX_HOST_LENGTH
+        and _is_known(host, tuple(settings.ALLOWED_HOSTS))
+    )
+
+
+_NOT_PLAIN: Final = frozenset({"cookie", "upgrade", "expect"})
 
 
 @lru_cache(maxsize=256)
@@ -179,7 +182,13 @@ def _is_known(host: str, allowed: Sequence[str]) -> bool:
 
 
 async def _read(receive: ASGIReceiveCallable) -> ASGIReceiveEvent | None:
-    """Return the event that comes next, if it is there soon: usually it is there already."""
+    """Return the event that comes next, if it is there soon."""
+    reading = receive().__await__()
+    try:
+        next(reading)
+    except StopIteration as read:  # as usual, it is there already: a timer would cost more
+        return cast("ASGIReceiveEvent", read.value)
+    reading.close()
     try:
         async with asyncio.timeout(SOON_SECONDS):
             return await receive()

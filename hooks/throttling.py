@@ -12,6 +12,7 @@ import logging
 import math
 from collections.abc import Iterable, Mapping
 from datetime import datetime, timedelta
+from functools import lru_cache
 from typing import Any, Final
 
 from django.db import DatabaseError, transaction
@@ -35,6 +36,7 @@ def client_of(meta: Mapping[str, Any]) -> str:
     return str(meta.get("REMOTE_ADDR") or "unknown")[:MAX_CLIENT_LENGTH]
 
 
+@lru_cache(maxsize=1024)
 def throttled_as(client: str) -> str:
     """Return what is counted for a client: an IPv4 address, or a network of IPv6, a /64.
 

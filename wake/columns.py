@@ -4,22 +4,31 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
-from functools import lru_cache
+from functools import cache, lru_cache
 from itertools import chain
 from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import msgspec
-from django.db import connection
+from django.db import DEFAULT_DB_ALIAS, connection, connections
+
+from wake.sqlite.base import with_question_marks
 
 T = TypeVar("T")
 
 
+@cache
+def is_sqlite() -> bool:
+    """Whether the database is SQLite; else it is PostgreSQL. Django takes its time to say."""
+    return connection.vendor == "sqlite"
+
+
 def moments() -> Callable[[datetime | None], Any]:
     """Return what makes aware times into what this database keeps: what a DateTimeField does."""
-    return _in_utc_text if connection.vendor == "sqlite" else _unchanged
+    return _in_utc_text if is_sqlite() else _unchanged
 
 
+@lru_cache(maxsize=256)  # one moment is written many times in a transaction
 def _in_utc_text(moment: datetime | None) -> str | None:
     if moment is None:
         return None
@@ -46,11 +55,16 @@ def moment_of(stored: datetime | str | None) -> datetime | None:
 
 def uuids() -> Callable[[UUID], Any]:
     """Return what makes ids into what this database keeps: what a UUIDField does."""
-    return _unchanged if connection.features.has_native_uuid_field else _in_hex
+    return _in_hex if is_sqlite() else _unchanged
 
 
 def _in_hex(value: UUID) -> str:
     return f"{value.int:032x}"
+
+
+def flags() -> Callable[[bool], Any]:
+    """Return what makes truth values into what this database keeps: what a BooleanField does."""
+    return int if is_sqlite() else _unchanged
 
 
 def uuid_of(stored: UUID | str) -> UUID:
@@ -63,8 +77,9 @@ def json_text(value: Any) -> str | None:
     return None if value is None else msgspec.json.encode(value).decode()
 
 
-# So many rows go into one statement. On SQLite each step of a statement lets other threads run, and
-# waits until it may go on: a hundred rows in one step are a hundred times less waiting.
+# So many rows go into one statement, or half as many, a quarter, …: each number is another
+# statement to prepare. On SQLite each step of one lets other threads run, and waits until it may go
+# on: a hundred rows in one step are a hundred times less waiting.
 ROWS_AT_ONCE: Final = 128
 
 
@@ -74,25 +89,23 @@ def select(columns: str, rest: str, parameters: Sequence[Any]) -> list[Sequence[
     There truth values are 0 and 1, times are text: see `moment_of` and `uuid_of`.
     """
     statement = f"SELECT {columns} {rest}"
-    if connection.vendor == "sqlite":
+    if is_sqlite():
         names = ", ".join(name.strip().rpartition(".")[2] for name in columns.split(","))
         statement = f"SELECT json_group_array(json_array({names})) FROM ({statement})"  # noqa: S608
-    with connection.cursor() as cursor:
-        cursor.execute(statement, parameters)
-        rows: list[Sequence[Any]] = cursor.fetchall()
-    return msgspec.json.decode(rows[0][0]) if connection.vendor == "sqlite" else rows
+    rows = fetch(statement, parameters)
+    return msgspec.json.decode(rows[0][0]) if is_sqlite() else rows
 
 
 def insert(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Insert rows of stored values, in their order."""
     head = f"INSERT INTO {table} ({', '.join(columns)}) VALUES "  # noqa: S608
     for part in _parts(rows):
-        _execute(head + _row_marks(len(columns), len(part)), part)
+        execute(head + _row_marks(len(columns), len(part)), list(chain.from_iterable(part)))
 
 
 def update(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Set columns of rows: each is its id and then the values, as they are stored."""
-    if connection.vendor != "sqlite":
+    if not is_sqlite():
         sets = ", ".join(f"{column} = %s" for column in columns)
         with connection.cursor() as cursor:
             cursor.executemany(
@@ -103,32 +116,74 @@ def update(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
     sets = ", ".join(f"{column} = v.column{place}" for place, column in enumerate(columns, 2))
     for part in _parts(rows):
         values = _row_marks(len(columns) + 1, len(part))
-        _execute(
+        execute(
             f"UPDATE {table} SET {sets} FROM (VALUES {values}) AS v "  # noqa: S608
             f"WHERE {table}.id = v.column1",
-            part,
+            list(chain.from_iterable(part)),
         )
 
 
-def _parts(rows: Sequence[Sequence[Any]]) -> Iterator[Sequence[Sequence[Any]]]:
-    return (rows[start : start + ROWS_AT_ONCE] for start in range(0, len(rows), ROWS_AT_ONCE))
+def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
+    start, size = 0, ROWS_AT_ONCE
+    while start < len(rows):
+        while size > len(rows) - start:
+            size //= 2
+        yield rows[start : start + size]
+        start += size
 
 
-@lru_cache(maxsize=1024)
+def padded(values: Sequence[T]) -> Sequence[T]:
+    """Return values, at least one, for an `IN`: the last one again and again up to a power of two.
+
+    So that the same few statements do for any number of values.
+    """
+    return [*values, *[values[-1]] * ((1 << (len(values) - 1).bit_length()) - len(values))]
+
+
+@lru_cache(maxsize=256)
 def _row_marks(columns: int, rows: int) -> str:
     row = f"({', '.join(['%s'] * columns)})"
     return ", ".join([row] * rows)
 
 
-def _execute(statement: str, rows: Sequence[Sequence[Any]]) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(statement, list(chain.from_iterable(rows)))
-
-
 def delete(table: str, column: str, values: Sequence[Any]) -> None:
     """Delete the rows whose column is one of the values."""
-    with connection.cursor() as cursor:
-        cursor.execute(f"DELETE FROM {table} WHERE {column} IN ({marks(values)})", values)  # noqa: S608
+    execute(f"DELETE FROM {table} WHERE {column} IN ({marks(values)})", values)  # noqa: S608
+
+
+def fetch(statement: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
+    """Return the rows of a statement."""
+    database = connections[DEFAULT_DB_ALIAS]
+    if not _is_short_way_open(database):
+        with database.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            return list(cursor.fetchall())
+    with database.wrap_database_errors:
+        return database.connection.execute(with_question_marks(statement), parameters).fetchall()  # type: ignore[no-any-return]
+
+
+def execute(statement: str, parameters: Sequence[Any]) -> int:
+    """Run a statement, and return how many rows it changed."""
+    database = connections[DEFAULT_DB_ALIAS]
+    if not _is_short_way_open(database):
+        with database.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            return int(cursor.rowcount)
+    with database.wrap_database_errors:
+        return int(database.connection.execute(with_question_marks(statement), parameters).rowcount)
+
+
+def _is_short_way_open(database: Any) -> bool:
+    """Whether a statement may go past Django's cursor, which takes longer than most of them.
+
+    Not where somebody listens to what is executed, nor before there is a connection.
+    """
+    return (
+        is_sqlite()
+        and database.connection is not None
+        and not database.execute_wrappers
+        and not database.queries_logged
+    )
 
 
 def marks(values: Sequence[Any]) -> str:

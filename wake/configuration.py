@@ -61,12 +61,23 @@ class Snapshot(Generic[T]):
 
         Raises DatabaseError when it cannot be read and never was.
         """
-        held = self._held
-        if held is not None and clock.monotonic() - held[1] <= self._max_age:
-            return held[0]
+        if (young := self._young()) is not None:
+            return young
         if _is_kept_fresh and self._last is not None and _in_event_loop():
             return self._last
         return self.refresh()
+
+    def at_hand(self) -> T | None:
+        """Return the value where an event loop has it without reading, else None."""
+        if (young := self._young()) is not None:
+            return young
+        return self._last if _is_kept_fresh else None
+
+    def _young(self) -> T | None:
+        held = self._held
+        if held is None or clock.monotonic() - held[1] > self._max_age:
+            return None
+        return held[0]
 
     def refresh(self) -> T:
         """Read the value anew and return it."""

@@ -21,9 +21,9 @@ from datetime import datetime, timedelta
 from functools import lru_cache
 from typing import Final
 
-from django.db import DatabaseError, connection, transaction
+from django.db import DatabaseError, transaction
 
-from wake import upkeep
+from wake import columns, upkeep
 from wake.models import Tally
 
 SHARDS: Final = 16
@@ -128,15 +128,14 @@ class Counts:
         # In one order, so that two transactions never wait for each other in a circle.
         rows = [(*key, shard, amount) for key, amount in sorted(self._amounts.items())]
         self._amounts.clear()
-        table = connection.ops.quote_name(Tally._meta.db_table)
+        table = Tally._meta.db_table
         values = ", ".join(["(%s, %s, %s, %s)"] * len(rows))
-        with connection.cursor() as cursor:
-            cursor.execute(
-                f"INSERT INTO {table} (name, labels, shard, value) VALUES {values} "  # noqa: S608 - a table's name
-                "ON CONFLICT (name, labels, shard) "
-                f"DO UPDATE SET value = {table}.value + excluded.value",
-                [value for row in rows for value in row],
-            )
+        columns.execute(
+            f"INSERT INTO {table} (name, labels, shard, value) VALUES {values} "  # noqa: S608 - a table's name
+            "ON CONFLICT (name, labels, shard) "
+            f"DO UPDATE SET value = {table}.value + excluded.value",
+            [value for row in rows for value in row],
+        )
 
 
 @lru_cache(maxsize=1024)

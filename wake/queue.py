@@ -180,7 +180,7 @@ def enqueue(
     """
     if not entries:
         return []
-    with transaction.atomic():
+    with transaction.atomic(savepoint=False):
         sessions = _locked_sessions(
             {key for entry in entries for key in (entry.session, *entry.nudged)}
         )

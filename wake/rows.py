@@ -1,11 +1,13 @@
 """The rows that the queue moves for every wake, read and written without model objects.
 
-`wake.queue` alone uses this. Building a query and an object for each row costs ten times what the
-database takes for it; these statements are written once and work on SQLite and PostgreSQL.
+`wake.queue` alone moves events with this. Building a query and an object for each row costs ten
+times what the database takes for it; these statements are written once and work on SQLite and
+PostgreSQL.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from datetime import datetime
 from typing import Any, Final
@@ -38,7 +40,11 @@ _EVENTS_AT_ONCE: Final = 50
 
 
 class SessionRow(msgspec.Struct):
-    """A session as the queue decides about it; the fields are those of the model."""
+    """A session as the queue decides about it; the fields are those of the model.
+
+    `last_event_at` is not read: it is set where an event arrives. `stored` is what `is_moved`
+    compares with.
+    """
 
     pk: int
     agent_id: str
@@ -51,16 +57,27 @@ class SessionRow(msgspec.Struct):
     held_by: str
     own_runs: int
     batch_through: int | None
-    last_event_at: datetime | None
     lease_token: UUID | None
+    last_event_at: datetime | None = None
+    stored: tuple[Any, ...] = ()
+
+    def turns(self) -> tuple[Any, ...]:
+        """Return what says when the session has its next heartbeat, and why."""
+        return self.attempts, self.due_at, self.due_reason, self.held_until, self.held_by
+
+    @property
+    def is_moved(self) -> bool:
+        """Whether its next heartbeat is another one than when it was read."""
+        return self.turns() != self.stored
 
 
 _SESSION_COLUMNS: Final = (
     "id, agent_id, key, queued, attempts, due_at, due_reason, held_until, held_by, own_runs, "
-    "batch_through, last_event_at, lease_token"
+    "batch_through, lease_token"
 )
 _DUE_COLUMNS: Final = ("due_at", "due_reason", "held_until", "held_by")
-_ARRIVAL_COLUMNS: Final = ("queued", "attempts", *_DUE_COLUMNS, "last_event_at")
+_ARRIVAL_COLUMNS: Final = ("queued", "last_event_at")
+_TURN_COLUMNS: Final = ("attempts", *_DUE_COLUMNS)
 _LEASE_COLUMNS: Final = (
     "lease_token",
     "lease_owner",
@@ -139,13 +156,14 @@ def lock_sessions(keys: Collection[SessionKey]) -> list[SessionRow]:
     In the order of their ids where rows are locked, so that two batches never wait for each other
     in a circle. Elsewhere the order would have SQLite read every session of the agent.
     """
-    order = " ORDER BY id" if connection.features.has_select_for_update else ""
+    order = " ORDER BY id" if not columns.is_sqlite() else ""
     found: list[SessionRow] = []
     for part in _parts(sorted(keys)):
-        agents = sorted({key.agent_id for key in part})
+        agents = columns.padded(sorted({key.agent_id for key in part}))
+        names = columns.padded([key.key for key in part])
         found += _sessions(
-            f"agent_id IN ({columns.marks(agents)}) AND key IN ({columns.marks(part)}){order}",
-            [*agents, *(key.key for key in part)],
+            f"agent_id IN ({columns.marks(agents)}) AND key IN ({columns.marks(names)}){order}",
+            [*agents, *names],
         )
     return [row for row in found if SessionKey(row.agent_id, row.key) in keys]
 
@@ -166,7 +184,7 @@ def first_due(agents: Sequence[str]) -> dict[int, dict[str, datetime]]:
     found: dict[int, dict[str, datetime]] = {priority: {} for priority in PRIORITIES}
     for part in _parts(agents):
         statement = f"SELECT a.id, {looks} FROM {_AGENTS} a WHERE a.id IN ({columns.marks(part)})"  # noqa: S608
-        for agent_id, *times in _fetch(statement, part):
+        for agent_id, *times in columns.fetch(statement, part):
             for priority, stored in zip(PRIORITIES, times, strict=True):
                 if (due_at := columns.moment_of(stored)) is not None:
                     found[priority][agent_id] = due_at
@@ -193,16 +211,20 @@ def leased_session(pk: int, run_id: UUID) -> SessionRow | None:
 
 
 def save_arrivals(sessions: Iterable[SessionRow]) -> None:
-    """Store what an arriving event, or a schedule, changes of its session."""
+    """Store what an arriving event, or a schedule, changes of its session.
+
+    What has not changed is not written: three indexes are on the time that a session is due.
+    """
     moment = columns.moments()
-    columns.update(
-        _SESSIONS,
-        _ARRIVAL_COLUMNS,
-        [
-            (row.pk, row.queued, row.attempts, *_due(row, moment), moment(row.last_event_at))
-            for row in sessions
-        ],
-    )
+    changes: defaultdict[tuple[str, ...], list[tuple[Any, ...]]] = defaultdict(list)
+    for row in sessions:
+        came = () if row.last_event_at is None else (row.queued, moment(row.last_event_at))
+        moved = (row.attempts, *_due(row, moment)) if row.is_moved else ()
+        if came or moved:
+            changed = (_ARRIVAL_COLUMNS if came else ()) + (_TURN_COLUMNS if moved else ())
+            changes[changed].append((row.pk, *came, *moved))
+    for changed, values in changes.items():
+        columns.update(_SESSIONS, changed, values)
 
 
 def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) -> None:
@@ -230,7 +252,7 @@ def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) 
 def save_free(row: SessionRow, *, last_heartbeat_at: datetime | None = None) -> None:
     """Store a session whose lease is given back; the time of its last heartbeat, if it had one."""
     moment = columns.moments()
-    _execute(
+    columns.execute(
         _FREE,
         [
             row.queued,
@@ -287,7 +309,7 @@ def newest_starts(session_id: int, limit: int) -> list[datetime]:
     statement = (
         f"SELECT started_at FROM {_HEARTBEATS} WHERE session_id = %s ORDER BY id DESC LIMIT %s"  # noqa: S608
     )
-    found = (columns.moment_of(row[0]) for row in _fetch(statement, [session_id, limit]))
+    found = (columns.moment_of(row[0]) for row in columns.fetch(statement, [session_id, limit]))
     return [started_at for started_at in found if started_at is not None]
 
 
@@ -295,7 +317,7 @@ def finish_heartbeat(
     run_id: UUID, status: str, now: datetime, *, prompt: str, reply: str, error: str
 ) -> None:
     """Store the end of a heartbeat."""
-    _execute(
+    columns.execute(
         f"UPDATE {_HEARTBEATS} SET status = %s, finished_at = %s, prompt = %s, reply = %s, "  # noqa: S608
         "error = %s WHERE run_id = %s",
         [status, columns.moments()(now), prompt, reply, error, columns.uuids()(run_id)],
@@ -309,7 +331,7 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
     """Store new events as queued, in their order."""
     if not events:
         return
-    created_at, uuid = columns.moments()(now), columns.uuids()
+    created_at, uuid, flag = columns.moments()(now), columns.uuids(), columns.flags()
     columns.insert(
         _EVENTS,
         _EVENT_COLUMNS,
@@ -319,9 +341,9 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
                 event.session_id,
                 event.text,
                 event.source,
-                event.external,
-                event.alone,
-                event.own,
+                flag(event.external),
+                flag(event.alone),
+                flag(event.own),
                 EventState.QUEUED.value,
                 created_at,
             )
@@ -351,14 +373,31 @@ def queued_events(session_id: int, through: int | None, limit: int) -> Iterator[
 
 def settle_events(pks: Sequence[int], state: str, run_id: UUID, now: datetime) -> int:
     """Settle those of the events that are still queued, by a run; return how many they were."""
-    with connection.cursor() as cursor:
-        cursor.execute(
-            f"UPDATE {_EVENTS} SET state = %s, settled_at = %s, heartbeat_id = "  # noqa: S608
-            f"(SELECT id FROM {_HEARTBEATS} WHERE run_id = %s) "
-            f"WHERE id IN ({columns.marks(pks)}) AND state = 'queued'",
-            [state, columns.moments()(now), columns.uuids()(run_id), *pks],
-        )
-        return int(cursor.rowcount)
+    return columns.execute(
+        f"UPDATE {_EVENTS} SET state = %s, settled_at = %s, heartbeat_id = "  # noqa: S608
+        f"(SELECT id FROM {_HEARTBEATS} WHERE run_id = %s) "
+        f"WHERE id IN ({columns.marks(pks)}) AND state = 'queued'",
+        [state, columns.moments()(now), columns.uuids()(run_id), *pks],
+    )
+
+
+def newest_events(session_id: int, limit: int, *, before: int | None = None) -> list[int]:
+    """Return the ids of a session's newest events, or of those before one; the newest first.
+
+    A look into the index for each state.
+    """
+    bound = "" if before is None else "AND id < %s "
+    look = (
+        f"SELECT id FROM (SELECT id FROM {_EVENTS} WHERE session_id = %s AND state = %s {bound}"  # noqa: S608
+        "ORDER BY id DESC LIMIT %s) AS newest"
+    )
+    parameters: list[Any] = []
+    for state in EventState:
+        until = () if before is None else (before,)
+        parameters += [session_id, state.value, *until, limit]
+    looks = " UNION ALL ".join([look] * len(EventState))
+    found = columns.fetch(f"{looks} ORDER BY id DESC LIMIT %s", [*parameters, limit])
+    return [row[0] for row in found]
 
 
 def newest_queued_events(session_ids: Sequence[int]) -> list[EventRow]:
@@ -368,7 +407,7 @@ def newest_queued_events(session_ids: Sequence[int]) -> list[EventRow]:
     for a lock still sees the events as they were before it waited.
     """
     found: list[EventRow] = []
-    for part in _parts(session_ids):
+    for part in map(columns.padded, _parts(session_ids)):
         rest = (
             f"FROM {_EVENTS} WHERE id IN (SELECT (SELECT e.id FROM {_EVENTS} e "  # noqa: S608
             f"WHERE e.session_id = s.id AND e.state = 'queued' ORDER BY e.id DESC LIMIT 1) "
@@ -399,16 +438,16 @@ def _sessions(
     where: str, parameters: Sequence[Any], *, skip_locked: bool = False
 ) -> list[SessionRow]:
     lock = ""
-    if connection.features.has_select_for_update:
+    if not columns.is_sqlite():
         lock = " FOR UPDATE SKIP LOCKED" if skip_locked else " FOR UPDATE"
     found = columns.select(_SESSION_COLUMNS, f"FROM {_SESSIONS} WHERE {where}{lock}", parameters)
     return [_session(row) for row in found]
 
 
-def _session(row: Sequence[Any]) -> SessionRow:
-    pk, agent_id, key, queued, attempts, due_at, due_reason, held_until, *rest = row
-    held_by, own_runs, batch_through, last_event_at, lease_token = rest
-    return SessionRow(
+def _session(columns_of_it: Sequence[Any]) -> SessionRow:
+    pk, agent_id, key, queued, attempts, due_at, due_reason, held_until, *rest = columns_of_it
+    held_by, own_runs, batch_through, lease_token = rest
+    row = SessionRow(
         pk,
         agent_id,
         key,
@@ -420,24 +459,14 @@ def _session(row: Sequence[Any]) -> SessionRow:
         held_by,
         own_runs,
         batch_through,
-        columns.moment_of(last_event_at),
         columns.uuid_of(lease_token) if lease_token is not None else None,
     )
+    row.stored = row.turns()
+    return row
 
 
 def _due(row: SessionRow, moment: Callable[[datetime | None], Any]) -> tuple[Any, ...]:
     return moment(row.due_at), row.due_reason, moment(row.held_until), row.held_by
-
-
-def _fetch(statement: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
-    with connection.cursor() as cursor:
-        cursor.execute(statement, parameters)
-        return list(cursor.fetchall())
-
-
-def _execute(statement: str, parameters: Sequence[Any]) -> None:
-    with connection.cursor() as cursor:
-        cursor.execute(statement, parameters)
 
 
 def _parts(values: Sequence[Any]) -> Iterable[Sequence[Any]]:

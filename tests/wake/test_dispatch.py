@@ -11,7 +11,7 @@ from datetime import UTC, datetime, timedelta
 from types import MappingProxyType
 
 import pytest
-from django.db import connection
+from django.db import connection, transaction
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -203,7 +203,7 @@ def test_a_database_that_cannot_store_is_said_so() -> None:
     with connection.cursor() as cursor:
         cursor.execute("ALTER TABLE wake_systemevent RENAME TO gone")
     try:
-        with pytest.raises(StorageUnavailable):
+        with pytest.raises(StorageUnavailable), transaction.atomic():
             dispatch(WakeRequest("a", "cli"))
     finally:
         if connection.vendor == "sqlite":

@@ -273,7 +273,7 @@ class Hub:
         except DatabaseError:
             self._health_changed.set()
             raise
-        # What was heard before the queue was counted last is in that count, however late it is told.
+        # What was heard before the last count is in that count, however late it is told.
         is_missed = health["queue"] != self._health["queue"] and self._told_from < self._counted_at
         self._health, self._counted_at = health, began
         self._tell("health", health, self._readers())

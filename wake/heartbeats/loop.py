@@ -139,7 +139,8 @@ class HeartbeatLoop:
                 pause = await self._start_due()
                 pulse.beat()
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._look_again.wait(), pause)
+                    async with asyncio.timeout(pause):
+                        await self._look_again.wait()
 
     async def run_once(self) -> int:
         """Claim what is due, run it to its end, and return how many heartbeats there were."""
@@ -168,7 +169,9 @@ class HeartbeatLoop:
         3. With places left, sleep until the next due time; with none, until a run ends. Either
            way look again soon: the configuration may have changed.
         """
-        snapshot = await self._in_database(configuration.gateway)
+        snapshot = configuration.gateway.at_hand()
+        if snapshot is None:
+            snapshot = await self._in_database(configuration.gateway)
         running = Counter(claim.session.agent_id for claim in self._handing_over)
         terms = self._terms(snapshot, running)
         free = snapshot.max_parallel_heartbeats - running.total()
