@@ -1,6 +1,6 @@
 """From the answer to a wake to the start of its runner, end to end, on the default database.
 
-    python -m bench latency [--rate 50] [--sessions 50] [--runner http|command]
+    python -m bench latency [--rate 50] [--sessions 50] [--runner http|command] [--places 16]
 
 Wakes are sent at a fixed rate. With the http runner the start is when the heartbeat arrives at the
 agent; with the command runner, when a program that does no more than look at the clock has done
@@ -13,8 +13,9 @@ import argparse
 import time
 from contextlib import ExitStack
 from pathlib import Path
+from urllib.request import ProxyHandler, build_opener
 
-import httpx
+import msgspec
 
 from bench import gateways, machine
 from bench.load import Load, Wakes
@@ -40,6 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seconds", type=float, default=20)
     parser.add_argument("--connections", type=int, default=32)
     parser.add_argument("--runner", choices=("http", "command"), default="http")
+    parser.add_argument("--places", type=int, default=16, help="heartbeats side by side")
 
 
 def run(options: argparse.Namespace, directory: Path) -> Report:
@@ -50,6 +52,7 @@ def run(options: argparse.Namespace, directory: Path) -> Report:
         seconds=options.seconds,
         connections=options.connections,
         runner=options.runner,
+        places=options.places,
     )
 
 
@@ -61,9 +64,13 @@ def measure(
     seconds: float,
     connections: int = 32,
     runner: str = "http",
+    places: int = 16,
 ) -> Report:
     report = Report("latency", machine.describe(directory), notes=[gateways.NO_LIMIT])
-    report.notes.append(f"runner {runner}, {rate:g} wakes a second over {sessions} sessions")
+    report.notes.append(
+        f"runner {runner}, {rate:g} wakes a second over {sessions} sessions, "
+        f"{places} heartbeats side by side"
+    )
     inbox = directory / "inbox"
     inbox.mkdir()
     with ExitStack() as stack:
@@ -73,6 +80,7 @@ def measure(
         else:
             command = ["/bin/sh", "-c", PROGRAM, str(inbox)]
             agent = f"agent.runner, agent.command = 'command', {command!r}"
+        agent += f"\nsettings.max_parallel_heartbeats = {places}\nsettings.save()"
         gateway = stack.enter_context(gateways.prepared(directory, agent=agent))
         gateway.start()
         wakes = Wakes(f"{gateway.url}/hooks/wake", gateway.hook_token, sessions)
@@ -102,8 +110,8 @@ def measure(
 
 
 def _arrivals(url: str) -> dict[str, float]:
-    arrivals: dict[str, float] = httpx.get(url, trust_env=False).json()
-    return arrivals
+    with build_opener(ProxyHandler({})).open(url) as answer:
+        return msgspec.json.decode(answer.read(), type=dict[str, float])
 
 
 def _programs(gateway: LiveGateway, inbox: Path) -> dict[str, float]:

@@ -14,7 +14,7 @@ from tests.live import ROOT
 LATE = {
     "cryptography.hazmat.primitives.ciphers",
     "drf_spectacular.views",
-    "httpx",
+    "aiohttp",
     "hooks.openclaw_import",
     "json5",
     "prometheus_client",

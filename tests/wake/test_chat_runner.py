@@ -501,7 +501,9 @@ async def test_a_server_that_is_away_is_named_without_its_credentials() -> None:
     outcome = await ask(f"{away}?key=hidden")
     assert isinstance(outcome, Failed)
     assert not outcome.permanent
-    assert outcome.error.startswith(f"no reply from {server.url}/chat/completions: ConnectError: ")
+    assert outcome.error.startswith(
+        f"no reply from {server.url}/chat/completions: cannot connect: "
+    )
     assert "word" not in outcome.error
     assert "hidden" not in outcome.error
 

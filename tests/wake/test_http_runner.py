@@ -188,7 +188,7 @@ async def test_an_answer_that_breaks_off_is_no_delivery(server: AgentServer) -> 
     outcome = await post(server.url)
     assert isinstance(outcome, Failed)
     assert not outcome.permanent
-    assert outcome.error.startswith(f"could not reach {server.url}: RemoteProtocolError: ")
+    assert outcome.error.startswith(f"could not reach {server.url}: ClientPayloadError: ")
 
 
 async def test_an_agent_that_is_away_is_named_without_its_credentials() -> None:
@@ -198,7 +198,7 @@ async def test_an_agent_that_is_away_is_named_without_its_credentials() -> None:
     assert isinstance(outcome, Failed)
     assert not outcome.permanent
     assert outcome.error.startswith(
-        f"could not reach http://127.0.0.1:{port}/turns: ConnectError: "
+        f"could not reach http://127.0.0.1:{port}/turns: cannot connect: "
     )
     assert "pass-word" not in outcome.error
     assert "hidden" not in outcome.error

@@ -269,7 +269,7 @@ async def test_a_receiver_that_is_away_is_tried_again() -> None:
     await post_due(Clock())
     post = await only_post()
     assert (post.state, post.attempts) == ("pending", 1)
-    assert post.error.startswith(f"could not reach {gone.url.partition('?')[0]}: ConnectError: ")
+    assert post.error.startswith(f"could not reach {gone.url.partition('?')[0]}: cannot connect: ")
     assert "hidden" not in post.error
     assert "pass-word" not in post.error
 

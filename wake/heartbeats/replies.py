@@ -41,7 +41,7 @@ from wake.queue import RETRY_AFTER_LIMIT, backoff
 from wake.threads import call_in
 
 if TYPE_CHECKING:
-    import httpx
+    from wake.heartbeats.runners.http_client import Client
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ class ReplyPoster:
         self._look_again = asyncio.Event()
         self._posts: set[asyncio.Task[None]] = set()
         self._sending: set[asyncio.Task[Delivered | Failed]] = set()
-        self._held_client: httpx.AsyncClient | None = None
+        self._held_client: Client | None = None
         self._database = ThreadPoolExecutor(max_workers=1, thread_name_prefix="replies-database")
 
     def stop(self) -> None:
@@ -260,7 +260,7 @@ class ReplyPoster:
     async def close(self) -> None:
         """Let go of the connections and of the database thread; no post is under way."""
         if self._held_client:
-            await self._held_client.aclose()
+            await self._held_client.close()
         await self._in_database(connections.close_all)
         self._database.shutdown()
 
@@ -321,10 +321,10 @@ class ReplyPoster:
             return Failed("the agent has no reply URL any more", permanent=True)
         # Imported at the first reply: a process that posts none starts without the library.
         from wake.heartbeats.runners.http import post_signed
-        from wake.heartbeats.runners.http_client import new_client
+        from wake.heartbeats.runners.http_client import Client
 
         if self._held_client is None:
-            self._held_client = new_client()
+            self._held_client = Client()
         try:
             async with asyncio.timeout(TIME_LIMIT_SECONDS):
                 return await post_signed(

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from datetime import timedelta
 from typing import Any, Final
 from urllib.parse import urlsplit, urlunsplit
 
-import httpx
 import msgspec
+from aiohttp import ClientError, ClientResponse
 from django.utils import timezone
 
 from wake.errors import KeyUnavailable
@@ -43,7 +43,10 @@ from wake.heartbeats.runners import (
 )
 from wake.heartbeats.runners.event_stream import EventStream, EventTooLong
 from wake.heartbeats.runners.http_client import (
-    new_client,
+    Client,
+    NoAnswer,
+    is_redirect,
+    is_success,
     parse_retry_after,
     read_bounded,
 )
@@ -80,7 +83,7 @@ class ChatRunner(Runner):
 
     def __init__(self, look_again: Callable[[], None] = lambda: None) -> None:
         super().__init__(look_again)
-        self._held_client: httpx.AsyncClient | None = None
+        self._held_client: Client | None = None
 
     async def run(self, turn: Turn) -> Outcome:
         """Ask for the reply, with fewer and fewer earlier turns where they do not fit."""
@@ -101,38 +104,34 @@ class ChatRunner(Runner):
     async def close(self) -> None:
         """Close the connections."""
         if self._held_client:
-            await self._held_client.aclose()
+            await self._held_client.close()
             self._held_client = None
 
     async def _ask(self, url: str, key: str, body: bytes) -> str:
         """Return the reply, at most MAX_REPLY_BYTES in UTF-8. Raises ChatError."""
         headers = {
-            "content-type": "application/json",
-            "accept": "text/event-stream, application/json",
+            "Content-Type": "application/json",
+            "Accept": "text/event-stream, application/json",
         }
-        # A key goes before a user and password in the URL.
-        auth = _BearerKey(key) if key else httpx.USE_CLIENT_DEFAULT
+        if key:  # it goes before a user and password in the URL
+            headers["Authorization"] = f"Bearer {key}"
         try:
-            async with self._client().stream(
-                "POST", url, content=body, headers=headers, auth=auth
-            ) as response:
-                if not response.is_success:
+            async with self._client().post(url, body, headers) as response:
+                if not is_success(response):
                     raise await _refusal(response)
-                if _media_type(response) == "text/event-stream":
+                if response.content_type == "text/event-stream":
                     return await _streamed_reply(response)
-                answer, is_whole = await read_bounded(response.aiter_raw(), MAX_HELD_BYTES)
+                pieces = response.content.iter_any()
+                answer, is_whole = await read_bounded(pieces, MAX_HELD_BYTES)
                 if not is_whole:
                     raise ChatError(_TOO_MUCH)
                 return whole_reply(answer)
-        except httpx.InvalidURL as error:  # its message quotes the URL
-            raise ChatError("the URL is not valid") from error
-        except httpx.HTTPError as error:
-            reason = one_line(str(error)) or "no answer"
-            raise ChatError(f"{type(error).__name__}: {reason}") from error
+        except NoAnswer as error:
+            raise ChatError(str(error)) from error
 
-    def _client(self) -> httpx.AsyncClient:
+    def _client(self) -> Client:
         if self._held_client is None:
-            self._held_client = new_client()
+            self._held_client = Client()
         return self._held_client
 
 
@@ -165,15 +164,6 @@ class ChatError(Exception):
             and 400 <= self.status < 500
             and self.status not in _WAITING_HELPS
         )
-
-
-class _BearerKey(httpx.Auth):
-    def __init__(self, key: str) -> None:
-        self._key = key
-
-    def auth_flow(self, request: httpx.Request) -> Generator[httpx.Request, httpx.Response, None]:
-        request.headers["authorization"] = f"Bearer {self._key}"
-        yield request
 
 
 def completions_url(url: str) -> str:
@@ -320,11 +310,11 @@ def whole_reply(body: bytes) -> str:
     return reply.text()
 
 
-async def _streamed_reply(response: httpx.Response) -> str:
-    """Return the reply in a stream, once it is over. Raises ChatError and httpx.HTTPError."""
+async def _streamed_reply(response: ClientResponse) -> str:
+    """Return the reply in a stream, once it is over. Raises ChatError and aiohttp's ClientError."""
     stream, reply, size = EventStream(MAX_HELD_BYTES), ReplyParts(), 0
     try:
-        async for piece in response.aiter_raw():
+        async for piece in response.content.iter_any():
             for data in stream.feed(piece):
                 reply.add(data)
             if reply.is_over:
@@ -334,7 +324,7 @@ async def _streamed_reply(response: httpx.Response) -> str:
                 raise ChatError(_TOO_MUCH)
     except EventTooLong as error:
         raise ChatError(_TOO_MUCH) from error
-    except httpx.HTTPError:
+    except ClientError:
         if not reply.is_whole:
             raise
     if not reply.is_whole:
@@ -342,12 +332,12 @@ async def _streamed_reply(response: httpx.Response) -> str:
     return reply.text()
 
 
-async def _refusal(response: httpx.Response) -> ChatError:
+async def _refusal(response: ClientResponse) -> ChatError:
     retry_after = parse_retry_after(response.headers.get("retry-after"), timezone.now())
-    if response.has_redirect_location:
-        return ChatError("redirects are not followed", response.status_code)
-    body, _ = await read_bounded(response.aiter_raw(), MAX_ERROR_BODY_BYTES)
-    return refusal_in(body, response.status_code, retry_after)
+    if is_redirect(response):
+        return ChatError("redirects are not followed", response.status)
+    body, _ = await read_bounded(response.content.iter_any(), MAX_ERROR_BODY_BYTES)
+    return refusal_in(body, response.status, retry_after)
 
 
 def refusal_in(body: bytes, status: int, retry_after: timedelta | None = None) -> ChatError:
@@ -377,8 +367,3 @@ def _error_in(said: Any, status: int | None, retry_after: timedelta | None = Non
         status in _TOO_LONG_STATUSES and bool(_TOO_LONG.search(f"{code} {kind} {message}"))
     )
     return ChatError(message, status, is_too_long=is_too_long, retry_after=retry_after)
-
-
-def _media_type(response: httpx.Response) -> str:
-    written: str = response.headers.get("content-type", "")
-    return written.partition(";")[0].strip().lower()

@@ -13,13 +13,16 @@ from collections.abc import Callable
 from typing import Any, Final
 from uuid import UUID
 
-import httpx
 import msgspec
+from aiohttp import ClientResponse
 from django.utils import timezone
 
 from wake.heartbeats.runners import MAX_REPLY_BYTES, Delivered, Failed, Outcome, Runner, Turn, cut
 from wake.heartbeats.runners.http_client import (
-    new_client,
+    Client,
+    NoAnswer,
+    is_redirect,
+    is_success,
     parse_retry_after,
     read_bounded,
 )
@@ -40,7 +43,7 @@ class HttpRunner(Runner):
 
     def __init__(self, look_again: Callable[[], None] = lambda: None) -> None:
         super().__init__(look_again)
-        self._held_client: httpx.AsyncClient | None = None
+        self._held_client: Client | None = None
 
     async def run(self, turn: Turn) -> Outcome:
         """Post the turn and return what the answer means."""
@@ -52,12 +55,12 @@ class HttpRunner(Runner):
     async def close(self) -> None:
         """Close the connections."""
         if self._held_client:
-            await self._held_client.aclose()
+            await self._held_client.close()
             self._held_client = None
 
-    def _client(self) -> httpx.AsyncClient:
+    def _client(self) -> Client:
         if self._held_client is None:
-            self._held_client = new_client()
+            self._held_client = Client()
         return self._held_client
 
 
@@ -67,7 +70,7 @@ def request_body(turn: Turn) -> bytes:
 
 
 async def post_signed(
-    client: httpx.AsyncClient, url: str, secret: str, agent_id: str, run_id: UUID, body: bytes
+    client: Client, url: str, secret: str, agent_id: str, run_id: UUID, body: bytes
 ) -> Delivered | Failed:
     """Post a body in JSON, signed with the agent's secret, and return what the answer means."""
     shown_url = without_credentials(url)
@@ -78,31 +81,28 @@ async def post_signed(
             f"nothing was sent to {shown_url}: the agent has no usable signing secret; "
             f"set one with manage.py agents set {agent_id} --secret whsec_…"
         )
-    headers = {"content-type": "application/json", **signature}
+    headers = {"Content-Type": "application/json", **signature}
     try:
-        async with client.stream("POST", url, content=body, headers=headers) as response:
-            limit = MAX_BODY_BYTES if response.is_success else MAX_SHOWN_BODY_BYTES
-            answer, is_whole = await read_bounded(response.aiter_raw(), limit)
+        async with client.post(url, body, headers) as response:
+            limit = MAX_BODY_BYTES if is_success(response) else MAX_SHOWN_BODY_BYTES
+            answer, is_whole = await read_bounded(response.content.iter_any(), limit)
             return _outcome(response, shown_url, answer, is_whole)
-    except httpx.InvalidURL:  # its message quotes the URL
-        return Failed(f"could not reach {shown_url}: the URL is not valid")
-    except httpx.HTTPError as error:
-        reason = one_line(str(error)) or "no answer"
-        return Failed(f"could not reach {shown_url}: {type(error).__name__}: {reason}")
+    except NoAnswer as error:
+        return Failed(f"could not reach {shown_url}: {error}")
 
 
 def _outcome(
-    response: httpx.Response, shown_url: str, answer: bytes, is_whole: bool
+    response: ClientResponse, shown_url: str, answer: bytes, is_whole: bool
 ) -> Delivered | Failed:
-    if response.is_success:
+    if is_success(response):
         return Delivered(reply_in(answer) if is_whole else "")
-    status = response.status_code
+    status = response.status
     said = "redirects are not followed"
-    if not response.has_redirect_location:
+    if not is_redirect(response):
         said = one_line(answer.decode("utf-8", "replace"))
     return Failed(
         f"{shown_url} answered {status}" + (f": {said}" if said else ""),
-        permanent=response.is_client_error and status not in RETRYABLE_CLIENT_ERRORS,
+        permanent=400 <= status < 500 and status not in RETRYABLE_CLIENT_ERRORS,
         retry_after=parse_retry_after(response.headers.get("retry-after"), timezone.now()),
     )
 
