@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from itertools import chain
@@ -153,37 +154,45 @@ def delete(table: str, column: str, values: Sequence[Any]) -> None:
 
 def fetch(statement: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
     """Return the rows of a statement."""
-    database = connections[DEFAULT_DB_ALIAS]
-    if not _is_short_way_open(database):
-        with database.cursor() as cursor:
-            cursor.execute(statement, parameters)
-            return list(cursor.fetchall())
-    with database.wrap_database_errors:
-        return database.connection.execute(with_question_marks(statement), parameters).fetchall()  # type: ignore[no-any-return]
+    with _run(statement, parameters) as cursor:
+        rows: list[Sequence[Any]] = cursor.fetchall()
+        return rows
+
+
+def stream(statement: str, parameters: Sequence[Any], *, at_once: int) -> Iterator[Sequence[Any]]:
+    """Yield the rows of a statement, read a few at a time."""
+    with _run(statement, parameters) as cursor:
+        while rows := cursor.fetchmany(at_once):
+            yield from rows
 
 
 def execute(statement: str, parameters: Sequence[Any]) -> int:
     """Run a statement, and return how many rows it changed."""
-    database = connections[DEFAULT_DB_ALIAS]
-    if not _is_short_way_open(database):
-        with database.cursor() as cursor:
-            cursor.execute(statement, parameters)
-            return int(cursor.rowcount)
-    with database.wrap_database_errors:
-        return int(database.connection.execute(with_question_marks(statement), parameters).rowcount)
+    with _run(statement, parameters) as cursor:
+        return int(cursor.rowcount)
 
 
-def _is_short_way_open(database: Any) -> bool:
-    """Whether a statement may go past Django's cursor, which takes longer than most of them.
+@contextmanager
+def _run(statement: str, parameters: Sequence[Any]) -> Iterator[Any]:
+    """Run a statement and give its cursor.
 
-    Not where somebody listens to what is executed, nor before there is a connection.
+    On SQLite past Django's, which takes longer than most statements; but not where somebody listens
+    to what is executed, nor before there is a connection.
     """
-    return (
+    database: Any = connections[DEFAULT_DB_ALIAS]
+    is_short_way_open = (
         is_sqlite()
         and database.connection is not None
         and not database.execute_wrappers
         and not database.queries_logged
     )
+    if is_short_way_open:
+        with database.wrap_database_errors:
+            yield database.connection.execute(with_question_marks(statement), parameters)
+        return
+    with database.cursor() as cursor:
+        cursor.execute(statement, parameters)
+        yield cursor
 
 
 def marks(values: Sequence[Any]) -> str:

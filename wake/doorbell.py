@@ -61,16 +61,38 @@ def _tell_this_process(sessions: Collection[int]) -> None:
         listener(sessions)
 
 
+class _OnLoop:
+    """Lets any thread call `heard` on the running event loop. What rings at once is heard at once:
+    to wake a loop takes longer than all else about a ring.
+    """
+
+    def __init__(self, heard: Hear) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._heard = heard
+        self._sessions: set[int] = set()
+        self._is_called = False
+        self._lock = threading.Lock()
+
+    def __call__(self, sessions: Collection[int]) -> None:
+        with self._lock:
+            self._sessions.update(sessions)
+            is_called, self._is_called = self._is_called, True
+        if not is_called:
+            # The loop may be closing while another thread rings.
+            with contextlib.suppress(RuntimeError):
+                self._loop.call_soon_threadsafe(self._hear)
+
+    def _hear(self) -> None:
+        with self._lock:
+            sessions, self._sessions = self._sessions, set()
+            self._is_called = False
+        self._heard(sessions)
+
+
 @contextlib.asynccontextmanager
 async def listen(heard: Hear) -> AsyncIterator[None]:
     """Call `heard` on the event loop at every ring, with the sessions that it names."""
-    loop = asyncio.get_running_loop()
-
-    def hear(sessions: Collection[int]) -> None:
-        # The loop may be closing while another thread rings.
-        with contextlib.suppress(RuntimeError):
-            loop.call_soon_threadsafe(heard, sessions)
-
+    hear = _OnLoop(heard)
     with _lock:
         _listeners.add(hear)
     try:

@@ -17,7 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
-from typing import Final, Literal
+from typing import Any, Final, Literal, TypeVar
 from uuid import UUID
 
 import msgspec
@@ -43,6 +43,8 @@ from wake.models import (
 )
 from wake.rows import EventRow, HeartbeatRow, SessionRow
 from wake.session_keys import SessionKey
+
+T = TypeVar("T")
 
 BATCH_EVENTS: Final = 200
 BATCH_BYTES: Final = 256 * 1024
@@ -377,7 +379,7 @@ def claim(
     that dies with it has used it up.
     """
     first = first_due(terms) if first is None else first
-    with transaction.atomic():
+    with transaction.atomic(savepoint=False):
         running = {agent_id: agent_terms.running for agent_id, agent_terms in terms.items()}
         most = _most(terms)
         claims: list[Claim] = []
@@ -583,6 +585,65 @@ def renew(claims: Collection[Claim], *, now: datetime, lease: timedelta) -> set[
 # --- Settling -----------------------------------------------------------------------------------
 
 
+class Settlement(msgspec.Struct, frozen=True):
+    """A claim whose events were delivered; `status` and the rest is what is kept of the run.
+
+    `next_scheduled` is the session's next scheduled heartbeat, if it has a schedule. `then` is
+    called in the same transaction, once it is settled.
+    """
+
+    claim: Claim
+    status: HeartbeatStatus
+    prompt: str = ""
+    reply: str = ""
+    next_scheduled: datetime | None = None
+    then: Callable[[], None] | None = None
+
+
+def settle_all(settlements: Sequence[Settlement], *, now: datetime) -> list[LeaseLost | None]:
+    """Record that claims were delivered, give their leases back, set the next due times.
+
+    Returns for each why it was refused: its lease has gone to another run. Nothing of that one is
+    changed; all others are settled or, when this raises, none.
+    """
+    if not settlements:
+        return []
+    with transaction.atomic(savepoint=False):
+        leases = {one.claim.run_id: one.claim.session_id for one in settlements}
+        sessions = rows.leased_sessions(leases)
+        kept = [one for one in settlements if one.claim.run_id in sessions]
+        runs = rows.heartbeats_of([one.claim.run_id for one in kept])
+        # An event may be missing: an operator can have discarded it while the heartbeat ran.
+        settled = rows.settle_events(
+            {event.pk: runs[one.claim.run_id] for one in kept for event in one.claim.events},
+            EventState.DELIVERED.value,
+            now,
+        )
+        counts = metrics.Counts()
+        for one in kept:
+            session = sessions[one.claim.run_id]
+            session.queued -= sum(event.pk in settled for event in one.claim.events)
+            session.attempts = 0
+            session.batch_through = None
+            _give_back(session, now, one.next_scheduled, more=one.claim.more)
+            counts.done((event.at for event in one.claim.events), EventState.DELIVERED, now)
+            counts.run(one.claim.runner, one.status)
+        rows.save_free(sessions.values(), last_heartbeat_at=now)
+        rows.finish_heartbeats(
+            {
+                runs[one.claim.run_id]: rows.Ending(one.status.value, one.prompt, one.reply)
+                for one in kept
+            },
+            now,
+        )
+        for one in kept:
+            if one.then:
+                one.then()
+        counts.write()
+        doorbell.ring([session.pk for session in sessions.values()])
+    return [None if one.claim.run_id in sessions else _lost(one.claim) for one in settlements]
+
+
 def settle(
     claim: Claim,
     status: HeartbeatStatus,
@@ -592,40 +653,14 @@ def settle(
     reply: str = "",
     next_scheduled: datetime | None = None,
 ) -> None:
-    """Record that the claim's events were delivered, give the lease back, set the next due time.
+    """Settle one claim, as `settle_all` does.
 
-    `next_scheduled` is the session's next scheduled heartbeat, if it has a schedule.
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
-    with transaction.atomic():
-        session = _leased_session(claim)
-        counts = metrics.Counts()
-        session.queued -= _settle_events(claim, claim.events, EventState.DELIVERED, now, counts)
-        session.attempts = 0
-        session.batch_through = None
-        _give_back(session, now, next_scheduled, more=claim.more)
-        _finish(claim.run_id, status, now, prompt=prompt, reply=reply)
-        counts.run(claim.runner, status)
-        counts.write()
-        doorbell.ring([session.pk])
-
-
-def settle_together(steps: Sequence[Callable[[], None]]) -> list[LeaseLost | None]:
-    """Call steps that settle claims, in one transaction; return for each why it was refused.
-
-    A step that raises LeaseLost has changed nothing, and undoes no other. What else one raises
-    undoes all of them, and is raised.
-    """
-    with transaction.atomic():
-        return [_refusal(step) for step in steps]
-
-
-def _refusal(step: Callable[[], None]) -> LeaseLost | None:
-    try:
-        step()
-    except LeaseLost as lost:
-        return lost
-    return None
+    settlement = Settlement(claim, status, prompt, reply, next_scheduled)
+    (lost,) = settle_all([settlement], now=now)
+    if lost:
+        raise lost
 
 
 def fail(
@@ -649,7 +684,7 @@ def fail(
     one alone where it `is_about_one`, else all the rest.
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
-    with transaction.atomic():
+    with transaction.atomic(savepoint=False):
         session = _leased_session(claim)
         counts = metrics.Counts()
         session.queued -= _settle_events(
@@ -672,7 +707,7 @@ def fail(
             session.attempts = attempt
             session.due_at = max(now + wait, _rate_hold(session) or now)
             session.due_reason = DueReason.RETRY.value
-            rows.save_free(session, last_heartbeat_at=now)
+        rows.save_free([session], last_heartbeat_at=now)
         _finish(claim.run_id, HeartbeatStatus.FAILED, now, prompt=prompt, error=error)
         counts.run(claim.runner, HeartbeatStatus.FAILED)
         counts.write()
@@ -684,7 +719,7 @@ def lose(claim: Claim, error: str, *, now: datetime, max_attempts: int) -> None:
 
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
-    with transaction.atomic():
+    with transaction.atomic(savepoint=False):
         session = _leased_session(claim)
         counts = metrics.Counts()
         _take_back(session, now, max_attempts, error, counts)
@@ -698,7 +733,7 @@ def release(claim: Claim, *, now: datetime, handed_over: int = 0) -> None:
     The first `handed_over` of its events were delivered, and are not given back.
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
-    with transaction.atomic():
+    with transaction.atomic(savepoint=False):
         session = _leased_session(claim)
         counts = metrics.Counts()
         session.queued -= _settle_events(
@@ -709,7 +744,7 @@ def release(claim: Claim, *, now: datetime, handed_over: int = 0) -> None:
             session.attempts, session.batch_through = 0, None
         if session.queued or not handed_over:
             session.due_at, session.due_reason = now, claim.reason.value
-        rows.save_free(session)
+        rows.save_free([session])
         _finish(claim.run_id, HeartbeatStatus.RELEASED, now)
         counts.run(claim.runner, HeartbeatStatus.RELEASED)
         counts.write()
@@ -727,10 +762,15 @@ def backoff(attempt: int) -> timedelta:
 
 
 def _leased_session(claim: Claim) -> SessionRow:
-    session = rows.leased_session(claim.session_id, claim.run_id)
-    if session is None:  # the lease ran out, and `reap` or another claim won
-        raise LeaseLost(f"run {claim.run_id} lost its lease on {claim.session.key}")
+    session = rows.leased_sessions({claim.run_id: claim.session_id}).get(claim.run_id)
+    if session is None:
+        raise _lost(claim)
     return session
+
+
+def _lost(claim: Claim) -> LeaseLost:
+    # The lease ran out, and `reap` or another claim won.
+    return LeaseLost(f"run {claim.run_id} lost its lease on {claim.session.key}")
 
 
 def _settle_events(
@@ -744,14 +784,17 @@ def _settle_events(
     if not events:
         return 0
     counts.done((event.at for event in events), state, now)
-    # An event may be missing: an operator can have discarded it while the heartbeat ran.
-    return rows.settle_events([event.pk for event in events], state.value, claim.run_id, now)
+    run = rows.heartbeats_of([claim.run_id])[claim.run_id]
+    return len(rows.settle_events({event.pk: run for event in events}, state.value, now))
 
 
 def _give_back(
     session: SessionRow, now: datetime, next_scheduled: datetime | None, *, more: bool
 ) -> None:
-    """Free the session. `more` says that events were left out of the claim; they are due now."""
+    """Free the session, which the caller stores.
+
+    `more` says that events were left out of the claim; they are due now.
+    """
     session.lease_token = None
     if more and session.queued:
         _bring_forward(session, Due(now, DueReason.WAKE))
@@ -759,19 +802,37 @@ def _give_back(
         _bring_forward(session, Due(next_scheduled, DueReason.SCHEDULE))
     if session.queued and session.due_at is None:
         _bring_forward(session, Due(now, DueReason.WAKE))
-    rows.save_free(session, last_heartbeat_at=now)
 
 
 def _finish(
-    run_id: UUID,
-    status: HeartbeatStatus,
-    now: datetime,
-    *,
-    prompt: str = "",
-    reply: str = "",
-    error: str = "",
+    run_id: UUID, status: HeartbeatStatus, now: datetime, *, prompt: str = "", error: str = ""
 ) -> None:
-    rows.finish_heartbeat(run_id, status.value, now, prompt=prompt, reply=reply, error=error)
+    ending = rows.Ending(status.value, prompt, error=error)
+    rows.finish_heartbeats(dict.fromkeys(rows.heartbeats_of([run_id]).values(), ending), now)
+
+
+# --- Together -----------------------------------------------------------------------------------
+
+
+def together(steps: Sequence[Settlement | Callable[[], T]], *, now: datetime) -> list[Any]:
+    """Settle claims, and then take other steps that claim or settle, in one transaction.
+
+    Returns the result of each, None for a settlement. One that raises LeaseLost, or is refused so,
+    has changed nothing and undoes no other: that is its result. What else one raises undoes all of
+    them, and is raised.
+    """
+    with transaction.atomic():
+        settlements = [step for step in steps if isinstance(step, Settlement)]
+        refusals = iter(settle_all(settlements, now=now))
+        return [next(refusals) if isinstance(step, Settlement) else _result(step) for step in steps]
+
+
+def _result(step: Callable[[], T]) -> T | LeaseLost:
+    try:
+        with transaction.atomic():
+            return step()
+    except LeaseLost as lost:
+        return lost
 
 
 # --- Upkeep -------------------------------------------------------------------------------------
@@ -796,7 +857,8 @@ def reap(*, now: datetime, lease: timedelta, max_attempts: Mapping[str, int]) ->
             if found.lease_until and found.lease_until > now + lease:
                 Session.objects.filter(pk=found.pk).update(lease_until=now + lease)
                 continue
-            session = found.lease_token and rows.leased_session(found.pk, found.lease_token)
+            token = found.lease_token
+            session = rows.leased_sessions({token: found.pk}).get(token) if token else None
             if not session:  # the row is locked, and is as it was read
                 continue
             most = max_attempts.get(session.agent_id, 1)
@@ -822,7 +884,7 @@ def _take_back(
     session.due_reason = DueReason.RECOVERY.value
     if not session.queued and not session.attempts:
         session.due_at, session.due_reason = None, ""
-    rows.save_free(session)
+    rows.save_free([session])
     _finish(token, HeartbeatStatus.LOST, now, error=error)
     runner = Heartbeat.objects.filter(run_id=token).values_list("runner", flat=True).first()
     counts.run(runner or "", HeartbeatStatus.LOST)

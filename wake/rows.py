@@ -8,13 +8,12 @@ PostgreSQL.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from typing import Any, Final
 from uuid import UUID
 
 import msgspec
-from django.db import connection
 
 from wake import columns
 from wake.models import (
@@ -87,10 +86,14 @@ _LEASE_COLUMNS: Final = (
     "batch_through",
     "own_runs",
 )
-_FREE: Final = (
-    f"UPDATE {_SESSIONS} SET lease_token = NULL, lease_owner = '', lease_until = NULL, "  # noqa: S608
-    f"queued = %s, attempts = %s, {', '.join(f'{column} = %s' for column in _DUE_COLUMNS)}, "
-    "batch_through = %s, last_heartbeat_at = COALESCE(%s, last_heartbeat_at) WHERE id = %s"
+_FREE_COLUMNS: Final = (
+    "lease_token",
+    "lease_owner",
+    "lease_until",
+    "queued",
+    "attempts",
+    *_DUE_COLUMNS,
+    "batch_through",
 )
 _HEARTBEAT_COLUMNS: Final = (
     "run_id",
@@ -204,10 +207,15 @@ def due_sessions(agent_id: str, priority: int, now: datetime, limit: int) -> lis
     )
 
 
-def leased_session(pk: int, run_id: UUID) -> SessionRow | None:
-    """Return the session if its lease is this run's, locked."""
-    found = _sessions("id = %s AND lease_token = %s", [pk, columns.uuids()(run_id)])
-    return found[0] if found else None
+def leased_sessions(leases: Mapping[UUID, int]) -> dict[UUID, SessionRow]:
+    """Return, by run, the sessions whose leases are those of the runs given with them; locked."""
+    found: dict[UUID, SessionRow] = {}
+    order = "" if columns.is_sqlite() else " ORDER BY id"
+    for part in map(columns.padded, _parts(sorted(leases.values()))):
+        for row in _sessions(f"id IN ({columns.marks(part)}){order}", part):
+            if row.lease_token is not None and leases.get(row.lease_token) == row.pk:
+                found[row.lease_token] = row
+    return found
 
 
 def save_arrivals(sessions: Iterable[SessionRow]) -> None:
@@ -249,18 +257,26 @@ def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) 
     )
 
 
-def save_free(row: SessionRow, *, last_heartbeat_at: datetime | None = None) -> None:
-    """Store a session whose lease is given back; the time of its last heartbeat, if it had one."""
+def save_free(sessions: Iterable[SessionRow], *, last_heartbeat_at: datetime | None = None) -> None:
+    """Store sessions whose leases are given back; the time of their last heartbeat, if it ended."""
     moment = columns.moments()
-    columns.execute(
-        _FREE,
+    ended = () if last_heartbeat_at is None else (moment(last_heartbeat_at),)
+    columns.update(
+        _SESSIONS,
+        (*_FREE_COLUMNS, "last_heartbeat_at") if ended else _FREE_COLUMNS,
         [
-            row.queued,
-            row.attempts,
-            *_due(row, moment),
-            row.batch_through,
-            moment(last_heartbeat_at),
-            row.pk,
+            (
+                row.pk,
+                None,
+                "",
+                None,
+                row.queued,
+                row.attempts,
+                *_due(row, moment),
+                row.batch_through,
+                *ended,
+            )
+            for row in sessions
         ],
     )
 
@@ -313,14 +329,35 @@ def newest_starts(session_id: int, limit: int) -> list[datetime]:
     return [started_at for started_at in found if started_at is not None]
 
 
-def finish_heartbeat(
-    run_id: UUID, status: str, now: datetime, *, prompt: str, reply: str, error: str
-) -> None:
-    """Store the end of a heartbeat."""
-    columns.execute(
-        f"UPDATE {_HEARTBEATS} SET status = %s, finished_at = %s, prompt = %s, reply = %s, "  # noqa: S608
-        "error = %s WHERE run_id = %s",
-        [status, columns.moments()(now), prompt, reply, error, columns.uuids()(run_id)],
+class Ending(msgspec.Struct, frozen=True):
+    """How a heartbeat ended."""
+
+    status: str
+    prompt: str = ""
+    reply: str = ""
+    error: str = ""
+
+
+def heartbeats_of(run_ids: Sequence[UUID]) -> dict[UUID, int]:
+    """Return the primary keys of heartbeats, by run."""
+    uuid = columns.uuids()
+    found: dict[UUID, int] = {}
+    for part in map(columns.padded, _parts([uuid(run_id) for run_id in run_ids])):
+        statement = f"SELECT run_id, id FROM {_HEARTBEATS} WHERE run_id IN ({columns.marks(part)})"  # noqa: S608
+        found |= {columns.uuid_of(run_id): pk for run_id, pk in columns.fetch(statement, part)}
+    return found
+
+
+def finish_heartbeats(endings: Mapping[int, Ending], now: datetime) -> None:
+    """Store the ends of heartbeats, by primary key."""
+    finished_at = columns.moments()(now)
+    columns.update(
+        _HEARTBEATS,
+        ("status", "finished_at", "prompt", "reply", "error"),
+        [
+            (pk, ending.status, finished_at, ending.prompt, ending.reply, ending.error)
+            for pk, ending in endings.items()
+        ],
     )
 
 
@@ -355,30 +392,39 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
 def queued_events(session_id: int, through: int | None, limit: int) -> Iterator[QueuedEvent]:
     """Yield queued events of a session in their order, up to the event `through` if given."""
     bound = "" if through is None else " AND e.id <= %s"
-    with connection.cursor() as cursor:
-        cursor.execute(
-            "SELECT e.id, e.uid, e.text, e.source, e.external, e.created_at, e.own, e.alone, "  # noqa: S608
-            f"t.name, t.deliver, t.timeout_seconds FROM {_EVENTS} e "
-            f"LEFT JOIN {_TURNS} t ON t.event_id = e.id "
-            f"WHERE e.session_id = %s AND e.state = 'queued'{bound} ORDER BY e.id LIMIT %s",
-            [session_id, *([] if through is None else [through]), limit],
-        )
-        # A few at a time: texts are long, and a heartbeat takes no more than some bytes.
-        while found := cursor.fetchmany(_EVENTS_AT_ONCE):
-            for pk, uid, text, source, external, created_at, *rest in found:
-                at = columns.moment_of(created_at)
-                assert at is not None  # noqa: S101 - the column is never null
-                yield QueuedEvent(pk, columns.uuid_of(uid), text, source, external, at, *rest)
-
-
-def settle_events(pks: Sequence[int], state: str, run_id: UUID, now: datetime) -> int:
-    """Settle those of the events that are still queued, by a run; return how many they were."""
-    return columns.execute(
-        f"UPDATE {_EVENTS} SET state = %s, settled_at = %s, heartbeat_id = "  # noqa: S608
-        f"(SELECT id FROM {_HEARTBEATS} WHERE run_id = %s) "
-        f"WHERE id IN ({columns.marks(pks)}) AND state = 'queued'",
-        [state, columns.moments()(now), columns.uuids()(run_id), *pks],
+    found = columns.stream(
+        "SELECT e.id, e.uid, e.text, e.source, e.external, e.created_at, e.own, e.alone, "  # noqa: S608
+        f"t.name, t.deliver, t.timeout_seconds FROM {_EVENTS} e "
+        f"LEFT JOIN {_TURNS} t ON t.event_id = e.id "
+        f"WHERE e.session_id = %s AND e.state = 'queued'{bound} ORDER BY e.id LIMIT %s",
+        [session_id, *([] if through is None else [through]), limit],
+        # Texts are long, and a heartbeat takes no more than some bytes.
+        at_once=_EVENTS_AT_ONCE,
     )
+    for pk, uid, text, source, external, created_at, *rest in found:
+        at = columns.moment_of(created_at)
+        assert at is not None  # noqa: S101 - the column is never null
+        yield QueuedEvent(pk, columns.uuid_of(uid), text, source, external, at, *rest)
+
+
+def settle_events(heartbeats: Mapping[int, int], state: str, now: datetime) -> set[int]:
+    """Settle events, each by the heartbeat given with it, both by primary key; return which.
+
+    Those that are not queued any more are left as they are.
+    """
+    queued: set[int] = set()
+    for part in map(columns.padded, _parts(list(heartbeats))):
+        statement = (
+            f"SELECT id FROM {_EVENTS} WHERE id IN ({columns.marks(part)}) AND state = 'queued'"  # noqa: S608
+        )
+        queued |= {row[0] for row in columns.fetch(statement, part)}
+    settled_at = columns.moments()(now)
+    columns.update(
+        _EVENTS,
+        ("state", "settled_at", "heartbeat_id"),
+        [(pk, state, settled_at, heartbeats[pk]) for pk in sorted(queued)],
+    )
+    return queued
 
 
 def newest_events(session_id: int, limit: int, *, before: int | None = None) -> list[int]:

@@ -20,10 +20,10 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from datetime import datetime, timedelta
-from typing import Final, ParamSpec, TypeVar
+from typing import Any, Final, ParamSpec, TypeVar
 
 from django.conf import settings
-from django.db import DatabaseError, connections, transaction
+from django.db import DatabaseError, connections
 from django.utils import timezone
 
 from wake import configuration, doorbell, queue, schedule
@@ -43,7 +43,7 @@ from wake.heartbeats.runners import (
     make_runner,
 )
 from wake.models import HeartbeatStatus, RunnerKind
-from wake.queue import Claim
+from wake.queue import Claim, Settlement
 from wake.session_keys import SessionKey
 from wake.threads import call_in
 
@@ -95,9 +95,9 @@ class HeartbeatLoop:
         self._reap_from = 0.0
         # What was last said about how agents are reached, and when to say it again.
         self._reached: tuple[dict[str, Reach], float] = ({}, 0.0)
-        # Settling steps that wait for their transaction, and who takes them there.
-        self._to_settle: list[tuple[Callable[[], None], asyncio.Future[None]]] = []
-        self._settling: asyncio.Task[None] | None = None
+        # Steps that wait for their transaction, and who takes them there.
+        self._steps: list[tuple[Settlement | Callable[[], Any], asyncio.Future[Any]]] = []
+        self._stepping: asyncio.Task[None] | None = None
         self._database = ThreadPoolExecutor(max_workers=1, thread_name_prefix="heartbeats-database")
 
     def stop(self) -> None:
@@ -138,9 +138,10 @@ class HeartbeatLoop:
                 self._look_again.clear()
                 pause = await self._start_due()
                 pulse.beat()
-                with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(pause):
-                        await self._look_again.wait()
+                if pause and not self._look_again.is_set():
+                    with contextlib.suppress(TimeoutError):
+                        async with asyncio.timeout(pause):
+                            await self._look_again.wait()
 
     async def run_once(self) -> int:
         """Claim what is due, run it to its end, and return how many heartbeats there were."""
@@ -172,12 +173,17 @@ class HeartbeatLoop:
         snapshot = configuration.gateway.at_hand()
         if snapshot is None:
             snapshot = await self._in_database(configuration.gateway)
-        running = Counter(claim.session.agent_id for claim in self._handing_over)
+        # What is only left to be stored takes no place: its agent has done its part.
+        running = Counter(
+            claim.session.agent_id
+            for claim, handing_over in self._handing_over.items()
+            if not handing_over.done()
+        )
         terms = self._terms(snapshot, running)
         free = snapshot.max_parallel_heartbeats - running.total()
         if not snapshot.heartbeats_enabled or not terms or free <= 0:
             return POLL_SECONDS
-        claims, pause = await self._in_database(self._claim_step, terms, free)
+        claims, pause = await self._together(lambda: self._claim_step(terms, free))
         for claim in claims:
             agent = snapshot.agents[claim.session.agent_id]
             turn = self._turn(claim, agent)
@@ -258,6 +264,7 @@ class HeartbeatLoop:
         """
         handing_over = self._handing_over[claim]
         await asyncio.wait([handing_over])
+        self._look_again.set()
         is_kept = False
         try:
             outcome = Returned() if handing_over.cancelled() else handing_over.result()
@@ -274,7 +281,7 @@ class HeartbeatLoop:
                 logger.debug(
                     "heartbeats: run %s: %s", claim.run_id, outcome.error, extra=_ids(claim)
                 )
-            is_kept = await self._settle(claim, lambda: self._settle_step(claim, turn, outcome))
+            is_kept = await self._settle(claim, self._ending(claim, turn, outcome))
         finally:
             del self._handing_over[claim]
             self._runner(turn.agent.runner).settled(claim.run_id, is_kept=is_kept)
@@ -305,14 +312,14 @@ class HeartbeatLoop:
             self._runners[kind] = make_runner(kind, self._look_again.set)
         return self._runners[kind]
 
-    async def _settle(self, claim: Claim, step: Callable[[], None]) -> bool:
+    async def _settle(self, claim: Claim, step: Settlement | Callable[[], None]) -> bool:
         """Call a settling step until the database takes it; False when the lease is lost.
 
         Upkeep renews the lease meanwhile, so an outcome is not lost to a busy database.
         """
         while True:
             try:
-                await self._with_others(step)
+                await self._together(step)
             except LeaseLost as lost:
                 logger.warning("heartbeats: %s; its outcome was refused", lost, extra=_ids(claim))
             except DatabaseError as error:
@@ -327,40 +334,72 @@ class HeartbeatLoop:
                 return True
             return False
 
-    async def _with_others(self, step: Callable[[], None]) -> None:
-        """Call a settling step in one transaction with those that came while the last one ran.
+    async def _together(self, step: Settlement | Callable[[], T]) -> T:
+        """Take a step in one transaction with those that came while the last one ran.
 
-        Raises LeaseLost or DatabaseError; then nothing of this step is stored.
+        Returns its result, None for a settlement. Raises LeaseLost or DatabaseError; then nothing
+        of the step is stored.
         """
-        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._to_settle.append((step, done))
-        if self._settling is None:
-            self._settling = asyncio.create_task(self._settle_gathered())
-        await done
+        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+        self._steps.append((step, done))
+        if self._stepping is None:
+            self._stepping = asyncio.create_task(self._take_steps())
+        return await done
 
-    async def _settle_gathered(self) -> None:
-        while self._to_settle:
-            gathered, self._to_settle = self._to_settle, []
+    async def _take_steps(self) -> None:
+        while self._steps:
+            # Those that go on with what the last transaction gave them come along.
+            await asyncio.sleep(0)
+            gathered, self._steps = self._steps, []
             results = await self._results_of([step for step, _ in gathered])
             for (_, done), result in zip(gathered, results, strict=True):
                 if done.done():  # whoever waited was cancelled
                     continue
-                if result is None:
-                    done.set_result(None)
-                else:
+                if isinstance(result, Exception):
                     done.set_exception(result)
-        self._settling = None
+                else:
+                    done.set_result(result)
+        self._stepping = None
 
-    async def _results_of(self, steps: Sequence[Callable[[], None]]) -> Sequence[Exception | None]:
+    async def _results_of(self, steps: Sequence[Settlement | Callable[[], Any]]) -> Sequence[Any]:
+        """Return what each step returns or raises."""
         try:
-            return await self._in_database(queue.settle_together, steps)
+            return await self._in_database(queue.together, steps, now=self._clock())
         except Exception as error:
             if len(steps) == 1:
                 return [error]
         # It may be one of them: each for itself.
         return [result for step in steps for result in await self._results_of([step])]
 
-    def _settle_step(self, claim: Claim, turn: Turn, outcome: Outcome) -> None:
+    def _ending(
+        self, claim: Claim, turn: Turn, outcome: Outcome
+    ) -> Settlement | Callable[[], None]:
+        """Return what settles an outcome."""
+        if not isinstance(outcome, Delivered):
+            return lambda: self._settle_step(claim, turn, outcome)
+        reply = outcome.reply
+        status = HeartbeatStatus.QUIET if is_quiet(reply) else HeartbeatStatus.DELIVERED
+        is_posted = bool(turn.agent.reply_url and reply.strip()) and status != HeartbeatStatus.QUIET
+        is_noted = bool(claim.turn and claim.turn.deliver)
+
+        def then() -> None:
+            now = self._clock()
+            if is_posted:
+                replies.queue_reply(claim.run_id, now=now)
+            if is_noted:
+                self._note_step(claim, now)
+
+        return Settlement(
+            claim,
+            status,
+            prompt=turn.prompt,
+            reply=reply,
+            next_scheduled=self._next_scheduled(claim, self._clock()),
+            then=then if is_posted or is_noted else None,
+        )
+
+    def _settle_step(self, claim: Claim, turn: Turn, outcome: Failed | Lost | Returned) -> None:
+        """Settle what was not delivered."""
         now = self._clock()
         limit = turn.agent.max_attempts
         match outcome:
@@ -369,19 +408,6 @@ class HeartbeatLoop:
                 return
             case Lost(error):
                 queue.lose(claim, error, now=now, max_attempts=limit)
-            case Delivered(reply):
-                status = HeartbeatStatus.QUIET if is_quiet(reply) else HeartbeatStatus.DELIVERED
-                with transaction.atomic():
-                    queue.settle(
-                        claim,
-                        status,
-                        now=now,
-                        prompt=turn.prompt,
-                        reply=reply,
-                        next_scheduled=self._next_scheduled(claim, now),
-                    )
-                    if turn.agent.reply_url and reply.strip() and status != HeartbeatStatus.QUIET:
-                        replies.queue_reply(claim.run_id, now=now)
             case Failed():
                 queue.fail(
                     claim,
