@@ -1,13 +1,14 @@
-"""An agent that answers at once and remembers when each event came: for the http runner.
+"""An agent that answers and remembers when each event came: for the http runner.
 
     python -m bench.agent
 
-POST takes a heartbeat; GET answers with the arrivals so far, `{EVENT ID: SECONDS}`, in the time of
+POST takes a heartbeat, at once or in as many milliseconds as the query says; GET answers with the arrivals so far, `{EVENT ID: SECONDS}`, in the time of
 time.monotonic(), which all processes of a machine share.
 """
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -45,6 +46,8 @@ async def application(
         for taken in msgspec.json.decode(body, type=_Heartbeat).events:
             _arrivals.setdefault(taken.id, arrived)
         answer = b'{"reply":"HEARTBEAT_OK"}'
+        if query := scope["query_string"]:
+            await asyncio.sleep(int(query) / 1000)
     else:
         answer = msgspec.json.encode(_arrivals)
     headers = [

@@ -46,8 +46,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--runner",
         choices=("none", "http"),
         default="none",
-        help="--self: http runs heartbeats meanwhile, of an agent that answers at once",
+        help="--self: http runs heartbeats meanwhile",
     )
+    parser.add_argument("--turn-ms", type=int, default=100, help="http: how long each takes")
 
 
 def run(options: argparse.Namespace, directory: Path) -> Report:
@@ -58,7 +59,7 @@ def run(options: argparse.Namespace, directory: Path) -> Report:
             rounds=options.rounds,
             connections=options.connections,
             sessions=options.sessions,
-            with_heartbeats=options.runner == "http",
+            turn_ms=options.turn_ms if options.runner == "http" else None,
         )
     if not options.url:
         raise SystemExit("give --url and --token, or --self")
@@ -127,15 +128,19 @@ def compare(
     rounds: int,
     connections: int = 32,
     sessions: int = 50,
-    with_heartbeats: bool = False,
+    turn_ms: int | None = None,
 ) -> Report:
-    """Measure our own gateway beside what it is compared with."""
+    """Measure our own gateway beside what it is compared with.
+
+    With `turn_ms` it runs heartbeats, each of which takes its agent so long.
+    """
     report = Report("wake", machine.describe(directory), notes=[gateways.NO_LIMIT])
     sqlite: dict[int, list[float]] = {32: [], 1: []}
     with ExitStack() as stack:
         agent = ""
-        if with_heartbeats:
-            agent = gateways.by_http(stack.enter_context(Served("agent")).url)
+        if turn_ms is not None:
+            report.notes.append(f"heartbeats run, and take {turn_ms} ms each")
+            agent = gateways.by_http(f"{stack.enter_context(Served('agent')).url}/?{turn_ms}")
         gateway = stack.enter_context(gateways.prepared(directory, agent=agent))
         gateway.start()
         bare = stack.enter_context(Served("bare"))

@@ -52,6 +52,11 @@ logger = logging.getLogger(__name__)
 # The slow poll behind the doorbell. A configuration snapshot is at most half a second old, so a
 # change of an agent is in force within one second.
 POLL_SECONDS: Final = 0.4
+# From one look at what is due to the next it lets others have the database for twice as long as it
+# took, at most so long: under load a look takes more at once, and wakes are stored meanwhile.
+MOST_SECONDS_APART: Final = 0.05
+# More are not settled in one transaction, unless they are those of one run.
+MOST_EVENTS_AT_ONCE: Final = 200
 UPKEEP_SECONDS: Final = 2.0
 SCHEDULES_SECONDS: Final = 60.0
 REACH_SECONDS: Final = 30.0
@@ -136,8 +141,10 @@ class HeartbeatLoop:
         async with doorbell.listen(lambda _: self._look_again.set()):
             while not self._stopping.is_set():
                 self._look_again.clear()
+                began = time.monotonic()
                 pause = await self._start_due()
                 pulse.beat()
+                await asyncio.sleep(min(2 * (time.monotonic() - began), MOST_SECONDS_APART))
                 if pause and not self._look_again.is_set():
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(pause):
@@ -350,7 +357,8 @@ class HeartbeatLoop:
         while self._steps:
             # Those that go on with what the last transaction gave them come along.
             await asyncio.sleep(0)
-            gathered, self._steps = self._steps, []
+            count = _few([step for step, _ in self._steps])
+            gathered, self._steps = self._steps[:count], self._steps[count:]
             results = await self._results_of([step for step, _ in gathered])
             for (_, done), result in zip(gathered, results, strict=True):
                 if done.done():  # whoever waited was cancelled
@@ -515,6 +523,19 @@ class HeartbeatLoop:
     async def _in_database(self, step: Callable[P, T], /, *args: P.args, **kwargs: P.kwargs) -> T:
         """Call `step` on the loop's database thread."""
         return await call_in(self._database, step, *args, **kwargs)
+
+
+def _few(steps: Sequence[Settlement | Callable[[], Any]]) -> int:
+    """Return how many of the steps, at least one, are few enough to store at once. Pure.
+
+    Who else writes waits for them: on SQLite every wake does.
+    """
+    events = 0
+    for place, step in enumerate(steps):
+        events += len(step.claim.events) if isinstance(step, Settlement) else 1
+        if place and events > MOST_EVENTS_AT_ONCE:
+            return place
+    return len(steps)
 
 
 def _ids(claim: Claim) -> dict[str, object]:
