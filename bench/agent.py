@@ -2,8 +2,9 @@
 
     python -m bench.agent
 
-POST takes a heartbeat, at once or in as many milliseconds as the query says; GET answers with the arrivals so far, `{EVENT ID: SECONDS}`, in the time of
-time.monotonic(), which all processes of a machine share.
+POST takes a heartbeat, at once or in as many milliseconds as the query says. GET answers with the
+arrivals so far, `{EVENT ID: SECONDS}`, in the time of time.monotonic(), which all processes of a
+machine share.
 """
 
 from __future__ import annotations
