@@ -16,7 +16,7 @@ import msgspec
 
 os.environ.setdefault("DJANGO_SETTINGS_MODULE", "openclaw_site.settings")
 
-BENCHES = ("wake", "latency", "connections", "queue", "cli", "start", "crash")
+BENCHES = ("wake", "workers", "latency", "connections", "queue", "cli", "start", "crash")
 
 
 def main() -> None:

@@ -3,12 +3,19 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import Executor
 from functools import partial
-from typing import ParamSpec, TypeVar
+from typing import Final, ParamSpec, TypeVar
 
 from django.db import connections
+
+HEALTH_CHECK_SECONDS: Final = 1.0
+
+# When this thread last asked whether its connections are usable.
+_thread = threading.local()
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -28,7 +35,16 @@ def on_kept_connection(function: Callable[P, T], /, *args: P.args, **kwargs: P.k
     Django closes connections by age, at the end of a request. These threads serve no request:
     theirs are closed only when an error has left them unusable, before the next use.
     """
+    now = time.monotonic()
+    is_checked = now - getattr(_thread, "checked_at", -HEALTH_CHECK_SECONDS) < HEALTH_CHECK_SECONDS
     for connection in connections.all(initialized_only=True):
         connection.close_at = None
+        was_checked = getattr(connection, "health_check_done", False)
         connection.close_if_unusable_or_obsolete()
+        # Django asks a server before each use whether it is there. A thread that has just used it
+        # will hear soon enough when it is not.
+        if was_checked and is_checked:
+            connection.health_check_done = True
+    if not is_checked:
+        _thread.checked_at = now
     return function(*args, **kwargs)
