@@ -44,7 +44,7 @@ def on_kept_connection(function: Callable[P, T], /, *args: P.args, **kwargs: P.k
         # Django asks a server before each use whether it is there. A thread that has just used it
         # will hear soon enough when it is not.
         if was_checked and is_checked:
-            connection.health_check_done = True
+            connection.health_check_done = True  # type: ignore[attr-defined]
     if not is_checked:
         _thread.checked_at = now
     return function(*args, **kwargs)
