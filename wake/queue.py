@@ -2,8 +2,8 @@
 
 The session row is locked (PostgreSQL) or the database is (SQLite) while its events move, so a
 session's events are stored, claimed and settled one transaction after the other: the order of
-their ids is the order in which they were acknowledged. Every change of a lease is a guarded
-UPDATE whose row count is checked; the comment beside it names who else could have won.
+their ids is the order in which they were acknowledged. Whoever changes a lease has the session
+locked, and looks first whether the lease is still its own; a comment names who else could have won.
 
 Times are aware datetimes and are always passed in. No function here decides *where* a wake goes
 or *when* it is due: that is `wake.dispatch`.
