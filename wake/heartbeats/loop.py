@@ -52,8 +52,8 @@ logger = logging.getLogger(__name__)
 # The slow poll behind the doorbell. A configuration snapshot is at most half a second old, so a
 # change of an agent is in force within one second.
 POLL_SECONDS: Final = 0.4
-# From one look at what is due to the next it lets others have the database for twice as long as it
-# took, at most so long: under load a look takes more at once, and wakes are stored meanwhile.
+# From one look at what is due to the next it lets others have the database for as long as it took,
+# at most so long: under load a look takes more at once, and wakes are stored meanwhile.
 MOST_SECONDS_APART: Final = 0.05
 # More are not settled in one transaction, unless they are those of one run.
 MOST_EVENTS_AT_ONCE: Final = 200
@@ -144,7 +144,7 @@ class HeartbeatLoop:
                 began = time.monotonic()
                 pause = await self._start_due()
                 pulse.beat()
-                await asyncio.sleep(min(2 * (time.monotonic() - began), MOST_SECONDS_APART))
+                await asyncio.sleep(min(time.monotonic() - began, MOST_SECONDS_APART))
                 if pause and not self._look_again.is_set():
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(pause):
