@@ -814,14 +814,23 @@ def _finish(
 # --- Together -----------------------------------------------------------------------------------
 
 
-def together(steps: Sequence[Settlement | Callable[[], T]], *, now: datetime) -> list[Any]:
+def together(
+    steps: Sequence[Settlement | Callable[[], Any]],
+    *,
+    sessions: Collection[int] = (),
+    now: datetime,
+) -> list[Any]:
     """Settle claims, and then take other steps that claim or settle, in one transaction.
+
+    `sessions` are the ids of those that the steps settle: all are locked first, so that nobody who
+    has some of them waits for the others in a circle.
 
     Returns the result of each, None for a settlement. One that raises LeaseLost, or is refused so,
     has changed nothing and undoes no other: that is its result. What else one raises undoes all of
     them, and is raised.
     """
     with transaction.atomic():
+        rows.lock(sessions)
         settlements = [step for step in steps if isinstance(step, Settlement)]
         refusals = iter(settle_all(settlements, now=now))
         return [next(refusals) if isinstance(step, Settlement) else _result(step) for step in steps]

@@ -171,6 +171,16 @@ def lock_sessions(keys: Collection[SessionKey]) -> list[SessionRow]:
     return [row for row in found if SessionKey(row.agent_id, row.key) in keys]
 
 
+def lock(session_ids: Collection[int]) -> None:
+    """Lock sessions in the order of their ids, as `lock_sessions` does."""
+    if not columns.is_sqlite() and session_ids:
+        marks = columns.marks(sorted(session_ids))
+        columns.fetch(
+            f"SELECT id FROM {_SESSIONS} WHERE id IN ({marks}) ORDER BY id FOR UPDATE",  # noqa: S608
+            sorted(session_ids),
+        )
+
+
 def first_due(agents: Sequence[str]) -> dict[int, dict[str, datetime]]:
     """Return, by priority, when the first free session of each agent is due; past or not.
 

@@ -18,7 +18,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import Any, Final, ParamSpec, TypeVar
 
@@ -68,6 +68,15 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """What waits for a transaction: what is to be done in it, and the claim that it settles."""
+
+    do: Settlement | Callable[[], Any]
+    claim: Claim | None
+    done: asyncio.Future[Any]
+
+
 class HeartbeatLoop:
     """One worker. `run` serves until `stop` is called; then it gives its work back and returns.
 
@@ -101,7 +110,7 @@ class HeartbeatLoop:
         # What was last said about how agents are reached, and when to say it again.
         self._reached: tuple[dict[str, Reach], float] = ({}, 0.0)
         # Steps that wait for their transaction, and who takes them there.
-        self._steps: list[tuple[Settlement | Callable[[], Any], asyncio.Future[Any]]] = []
+        self._steps: list[_Step] = []
         self._stepping: asyncio.Task[None] | None = None
         self._database = ThreadPoolExecutor(max_workers=1, thread_name_prefix="heartbeats-database")
 
@@ -326,7 +335,7 @@ class HeartbeatLoop:
         """
         while True:
             try:
-                await self._together(step)
+                await self._together(step, claim)
             except LeaseLost as lost:
                 logger.warning("heartbeats: %s; its outcome was refused", lost, extra=_ids(claim))
             except DatabaseError as error:
@@ -341,38 +350,43 @@ class HeartbeatLoop:
                 return True
             return False
 
-    async def _together(self, step: Settlement | Callable[[], T]) -> T:
+    async def _together(self, do: Settlement | Callable[[], T], claim: Claim | None = None) -> T:
         """Take a step in one transaction with those that came while the last one ran.
 
-        Returns its result, None for a settlement. Raises LeaseLost or DatabaseError; then nothing
-        of the step is stored.
+        `claim` is the one that it settles. Returns its result, None for a settlement. Raises
+        LeaseLost or DatabaseError; then nothing of the step is stored.
         """
-        done: asyncio.Future[T] = asyncio.get_running_loop().create_future()
-        self._steps.append((step, done))
+        step = _Step(do, claim, asyncio.get_running_loop().create_future())
+        self._steps.append(step)
         if self._stepping is None:
             self._stepping = asyncio.create_task(self._take_steps())
-        return await done
+        result: T = await step.done
+        return result
 
     async def _take_steps(self) -> None:
         while self._steps:
             # Those that go on with what the last transaction gave them come along.
             await asyncio.sleep(0)
-            count = _few([step for step, _ in self._steps])
+            count = _few(self._steps)
             gathered, self._steps = self._steps[:count], self._steps[count:]
-            results = await self._results_of([step for step, _ in gathered])
-            for (_, done), result in zip(gathered, results, strict=True):
-                if done.done():  # whoever waited was cancelled
+            for step, result in zip(gathered, await self._results_of(gathered), strict=True):
+                if step.done.done():  # whoever waited was cancelled
                     continue
                 if isinstance(result, Exception):
-                    done.set_exception(result)
+                    step.done.set_exception(result)
                 else:
-                    done.set_result(result)
+                    step.done.set_result(result)
         self._stepping = None
 
-    async def _results_of(self, steps: Sequence[Settlement | Callable[[], Any]]) -> Sequence[Any]:
+    async def _results_of(self, steps: Sequence[_Step]) -> Sequence[Any]:
         """Return what each step returns or raises."""
         try:
-            return await self._in_database(queue.together, steps, now=self._clock())
+            return await self._in_database(
+                queue.together,
+                [step.do for step in steps],
+                sessions={step.claim.session_id for step in steps if step.claim},
+                now=self._clock(),
+            )
         except Exception as error:
             if len(steps) == 1:
                 return [error]
@@ -525,14 +539,14 @@ class HeartbeatLoop:
         return await call_in(self._database, step, *args, **kwargs)
 
 
-def _few(steps: Sequence[Settlement | Callable[[], Any]]) -> int:
+def _few(steps: Sequence[_Step]) -> int:
     """Return how many of the steps, at least one, are few enough to store at once. Pure.
 
     Who else writes waits for them: on SQLite every wake does.
     """
     events = 0
     for place, step in enumerate(steps):
-        events += len(step.claim.events) if isinstance(step, Settlement) else 1
+        events += len(step.claim.events) if step.claim else 1
         if place and events > MOST_EVENTS_AT_ONCE:
             return place
     return len(steps)
