@@ -191,6 +191,39 @@ async def test_an_answer_that_breaks_off_is_no_delivery(server: AgentServer) -> 
     assert outcome.error.startswith(f"could not reach {server.url}: ClientPayloadError: ")
 
 
+@pytest.mark.parametrize(
+    "said",
+    [
+        b"SSH-2.0-OpenSSH_9.2\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nno colon\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nContent-Length: many\r\n\r\n",
+        b"HTTP/1.1 200 OK\r\nX: " + b"x" * 100_000 + b"\r\n\r\n",
+        b"",
+    ],
+)
+async def test_what_is_no_answer_is_told_without_what_is_in_the_url(
+    server: AgentServer, said: bytes
+) -> None:
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        request.wfile.write(said)
+        request.close_connection = True
+
+    server.answer = answer
+    outcome = await post(server.url.replace("//", "//user:pass-word@") + "?key=hidden")
+    assert isinstance(outcome, Failed)
+    assert not outcome.permanent
+    assert outcome.error.startswith(f"could not reach {server.url}: ")
+    assert "pass-word" not in outcome.error
+    assert "hidden" not in outcome.error
+    assert len(outcome.error) < 300
+
+
+async def test_a_server_without_tls_is_no_answer(server: AgentServer) -> None:
+    outcome = await post(server.url.replace("http:", "https:"))
+    assert isinstance(outcome, Failed)
+    assert "cannot connect: " in outcome.error
+
+
 async def test_an_agent_that_is_away_is_named_without_its_credentials() -> None:
     with ThreadingHTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as listening:
         port = listening.server_port
@@ -205,10 +238,21 @@ async def test_an_agent_that_is_away_is_named_without_its_credentials() -> None:
 
 
 @pytest.mark.parametrize(
-    "url", ["", "http://", "http://[::1", "http://h:port/", "ftp://h/", "http://h\0/", "x" * 70_000]
+    "url",
+    [
+        "",
+        "http://",
+        "http://[::1",
+        "http://h:port/",
+        "ftp://h/?key=hidden",
+        "http://h\0/",
+        "x" * 70_000,
+    ],
 )
 async def test_a_url_that_is_none_is_a_failure(url: str) -> None:
-    assert isinstance(await post(url), Failed)
+    outcome = await post(url)
+    assert isinstance(outcome, Failed)
+    assert "hidden" not in outcome.error
 
 
 async def test_credentials_in_the_url_are_sent_and_never_shown(server: AgentServer) -> None:

@@ -21,6 +21,7 @@ from aiohttp import (
     ClientConnectorError,
     ClientError,
     ClientResponse,
+    ClientResponseError,
     ClientSession,
     ClientTimeout,
     DummyCookieJar,
@@ -32,6 +33,8 @@ from yarl import URL
 from wake.presentation import one_line
 
 CONNECT_TIMEOUT_SECONDS: Final = 10.0
+
+MAX_SAID_CHARACTERS: Final = 200
 
 _INVALID: Final = "the URL is not valid"
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
@@ -81,6 +84,8 @@ class Client:
             address = URL(url)
         except ValueError as error:
             raise NoAnswer(_INVALID) from error
+        if address.scheme not in {"http", "https"} or not address.host:
+            raise NoAnswer(_INVALID)
         if "Authorization" in headers:
             address = address.with_user(None)
         try:
@@ -116,7 +121,9 @@ def _reason(error: Exception) -> str:
         return _INVALID
     if isinstance(error, ClientConnectorError):
         return f"cannot connect: {one_line(str(error.os_error))}"
-    return f"{type(error).__name__}: {one_line(str(error)) or 'no answer'}"
+    # As a text it quotes the URL too.
+    said = error.message if isinstance(error, ClientResponseError) else str(error)
+    return f"{type(error).__name__}: {one_line(said)[:MAX_SAID_CHARACTERS] or 'no answer'}"
 
 
 def is_success(response: ClientResponse) -> bool:
