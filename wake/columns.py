@@ -13,8 +13,6 @@ from uuid import UUID
 import msgspec
 from django.db import DEFAULT_DB_ALIAS, connection, connections
 
-from wake.sqlite.base import with_question_marks
-
 T = TypeVar("T")
 
 
@@ -188,11 +186,16 @@ def _run(statement: str, parameters: Sequence[Any]) -> Iterator[Any]:
     )
     if is_short_way_open:
         with database.wrap_database_errors:
-            yield database.connection.execute(with_question_marks(statement), parameters)
+            yield database.connection.execute(_with_question_marks(statement), parameters)
         return
     with database.cursor() as cursor:
         cursor.execute(statement, parameters)
         yield cursor
+
+
+@lru_cache(maxsize=256)
+def _with_question_marks(statement: str) -> str:
+    return statement.replace("%s", "?")
 
 
 def marks(values: Sequence[Any]) -> str:

@@ -63,8 +63,8 @@ class Snapshot(Generic[T]):
         """
         if (young := self._young()) is not None:
             return young
-        if _is_kept_fresh and self._last is not None and _in_event_loop():
-            return self._last
+        if _in_event_loop() and (last := self.at_hand()) is not None:
+            return last
         return self.refresh()
 
     def at_hand(self) -> T | None:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import threading
 from collections import defaultdict
-from functools import lru_cache
 from typing import Any, Final
 
 from django.db import OperationalError
@@ -21,29 +20,10 @@ _writers: Final[defaultdict[str, threading.Lock]] = defaultdict(threading.Lock)
 DEFAULT_TIMEOUT_SECONDS: Final = 5.0  # sqlite3's own
 
 
-@lru_cache(maxsize=256)
-def with_question_marks(statement: str) -> str:
-    return base.FORMAT_QMARK_REGEX.sub("?", statement).replace("%%", "%")
-
-
-class Cursor(base.SQLiteCursorWrapper):
-    """Django's, which does not look for the marks of the same long statement again and again."""
-
-    def convert_query(self, query: str, *, param_names: list[str] | None = None) -> str:
-        if param_names is None:
-            return with_question_marks(query)
-        converted: str = super().convert_query(query, param_names=param_names)
-        return converted
-
-
 class DatabaseWrapper(base.DatabaseWrapper):
     """Django's, with a lock around each transaction."""
 
     _held: threading.Lock | None = None
-
-    def create_cursor(self, name: str | None = None) -> Cursor:
-        cursor: Cursor = self.connection.cursor(factory=Cursor)
-        return cursor
 
     def _start_transaction_under_autocommit(self) -> None:
         lock = _writers[str(self.settings_dict["NAME"])]
