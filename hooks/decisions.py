@@ -1,12 +1,12 @@
 """What a request to the HTTP door asks for: request and configuration in, wakes out. Pure.
 
-Nothing is read, stored or sent here, so that a request can be tried out without doing it. The
-decision is a walk of steps (`steps`): the door takes the end of it, the simulator shows each.
+Nothing is read, stored or sent here, so that a request can be tried out without doing it. The door
+takes what `decide` returns; the simulator watches each step on the way.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from typing import Any, Final, TypeAlias
 from uuid import uuid5
 
@@ -90,7 +90,7 @@ class Allowed(msgspec.Struct, frozen=True):
 
 
 Step: TypeAlias = Matched | Item | Transformed | Asked | Located | Allowed
-Steps: TypeAlias = Generator[Step, None, Decision]
+Watch: TypeAlias = Callable[[Step], object]
 
 
 def require_hook(path: str, hooks: HookConfiguration) -> None:
@@ -105,28 +105,9 @@ def decide(
     hooks: HookConfiguration,
     gateway: GatewayConfiguration,
     *,
-    watch: Callable[[Step], object] = lambda step: None,
+    watch: Watch = lambda step: None,
 ) -> Decision:
     """Return what a request comes to; `watch` is called with each step on the way.
-
-    Raises what `steps` raises.
-    """
-    walk = steps(request, credential, hooks, gateway)
-    while True:
-        try:
-            watch(next(walk))
-        except StopIteration as end:
-            decision: Decision = end.value
-            return decision
-
-
-def steps(
-    request: HookRequest,
-    credential: Credential,
-    hooks: HookConfiguration,
-    gateway: GatewayConfiguration,
-) -> Steps:
-    """Walk the decision about a request, and return it at the end.
 
     Raises UnknownHook when no mapping matches, NotAuthorized when only such match that the
     credential does not open, TransformFailed, and Refused: a payload, a mapping, a session key or
@@ -135,13 +116,12 @@ def steps(
     if request.path in ENDPOINTS:
         if credential.mappings is not None:
             raise NotAuthorized("the credential is limited to mappings")
-        yield Matched(None)
+        watch(Matched(None))
         of_payload = _wake_of_payload if request.path == WAKE_PATH else _turn_of_payload
         asked = Asked(of_payload(request.payload), KeyOrigin.REQUEST)
-        wake = yield from _checked(asked, request, hooks, gateway)
-        return Decision(wakes=(wake,))
+        return Decision(wakes=(_checked(asked, request, hooks, gateway, watch),))
     matching = _matching(request, credential, hooks)
-    yield Matched(matching)
+    watch(Matched(matching))
     challenge = _challenge(matching, request.payload)
     if challenge is not None:
         return Decision(matching, challenge=challenge)
@@ -149,17 +129,17 @@ def steps(
     items = mapping.items(matching, request)
     for index, item in enumerate(items):
         if matching.for_each:
-            yield Item(index, len(items))
+            watch(Item(index, len(items)))
         fields = mapping.transformed(matching, item)
         if matching.transform:
-            yield Transformed(None if fields is None else dict(fields))
+            watch(Transformed(None if fields is None else dict(fields)))
         if fields is None:
             continue
         written = mapping.write(matching, item, fields)
         asked = Asked(mapping.make_wake(matching, written), written.origin)
         # Each item has an id of its own, in case that its session is named after it.
         own = replace(item, uid=uuid5(item.uid, str(index))) if matching.for_each else item
-        wakes.append((yield from _checked(asked, own, hooks, gateway)))
+        wakes.append(_checked(asked, own, hooks, gateway, watch))
     return Decision(matching, tuple(wakes), several=bool(matching.for_each))
 
 
@@ -178,24 +158,29 @@ def _matching(
 
 
 def _checked(
-    asked: Asked, request: HookRequest, hooks: HookConfiguration, gateway: GatewayConfiguration
-) -> Generator[Step, None, WakeRequest]:
+    asked: Asked,
+    request: HookRequest,
+    hooks: HookConfiguration,
+    gateway: GatewayConfiguration,
+    watch: Watch,
+) -> WakeRequest:
     """Give a turn its session where it names none, and check text, key, agent and policy."""
     wake, origin = asked.wake, asked.origin
     if wake.turn is not None and wake.session_key is None:
         key = hooks.default_session_key or f"hook:{request.uid}"
         wake, origin = replace(wake, session_key=key), KeyOrigin.POLICY
-    yield Asked(wake, origin)
+    watch(Asked(wake, origin))
     clean_text(wake.text)
     if wake.session_key is not None:
         policy.check_origin(hooks, origin)
     agent_id, session = resolve_session(wake.session_key, wake.agent_id, gateway)
-    yield Located(agent_id, session.key if session else None)
+    watch(Located(agent_id, session.key if session else None))
     policy.check_agent(hooks, agent_id)
     if wake.session_key is not None and session is not None:
         policy.check_prefix(hooks, wake.session_key, session.key)
-    yield Allowed()
-    return replace(wake, run_id=parse_run_id(request.headers.get(RUN_HEADER)))
+    watch(Allowed())
+    run_id = parse_run_id(request.headers.get(RUN_HEADER))
+    return replace(wake, run_id=run_id) if run_id else wake
 
 
 def _challenge(matching: MappingConfiguration, payload: Any) -> str | None:

@@ -18,6 +18,7 @@ KEPT_FOR: Final = timedelta(hours=24)
 
 # Headers that hold a key of the sender's choice, or the id that a provider gives a delivery and
 # repeats when it sends that again. GitHub, Standard Webhooks.
+_FIELD: Final = "idempotencyKey"
 _HEADERS: Final = ("idempotency-key", "x-openclaw-idempotency-key")
 _PROVIDER_HEADERS: Final = ("x-github-delivery", "webhook-id")
 # Providers whose id is in the payload: the header that tells them, the field, how it starts.
@@ -25,6 +26,7 @@ _PROVIDER_FIELDS: Final = (
     ("stripe-signature", "id", "evt_"),
     ("x-slack-signature", "event_id", "Ev"),
 )
+_ALL_HEADERS: Final = {*_HEADERS, *_PROVIDER_HEADERS, *(header for header, *_ in _PROVIDER_FIELDS)}
 # Schemes whose signature covers an id. There it goes before all others, and headers that are not
 # signed count for nothing: whoever catches a request could run it once for each key he makes up.
 WITH_SIGNED_ID: Final = frozenset({"standard-webhooks", "stripe", "slack"})
@@ -38,7 +40,9 @@ def key_of(headers: Mapping[str, str], payload: Any, scheme: str = "") -> str | 
     nor a number. Pure.
     """
     fields = payload if isinstance(payload, dict) else {}
-    own = _written(fields.get("idempotencyKey"))
+    if _FIELD not in fields and headers.keys().isdisjoint(_ALL_HEADERS):
+        return None  # as most have
+    own = _written(fields.get(_FIELD))
     in_payload = [
         value
         for header, field, start in _PROVIDER_FIELDS
@@ -60,7 +64,7 @@ def _written(value: Any) -> str:
     if value is None:
         return ""
     if isinstance(value, bool) or not isinstance(value, str | int):
-        raise PayloadError("idempotencyKey must be a string")
+        raise PayloadError(f"{_FIELD} must be a string")
     return str(value)
 
 

@@ -79,12 +79,14 @@ def _headers(scope: HTTPScope) -> dict[str, str]:
     Values of one that comes twice are joined. One with an underscore is none: it could pass for
     another.
     """
-    headers: dict[str, str] = {}
-    for raw_name, raw_value in scope["headers"]:
-        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
-        if "_" in name:
-            continue
-        headers[name] = f"{headers[name]},{value}" if name in headers else value
+    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
+    headers = dict(pairs)
+    if len(headers) == len(pairs) and "_" not in "".join(headers):
+        return headers  # as most are
+    headers = {}
+    for name, value in pairs:
+        if "_" not in name:
+            headers[name] = f"{headers[name]},{value}" if name in headers else value
     return headers
 
 

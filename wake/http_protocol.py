@@ -92,12 +92,13 @@ class BoundedHeadProtocol(HttpToolsProtocol):
                 self.send_400_response("The request's headers are too large.")
                 return
         super().data_received(data)
+        # Most heads come whole: a timer for each would take longer than to parse it.
+        if self._is_in_head and (self.cycle is None or self.cycle.response_complete):
+            self._await_head()  # else an answer that is under way would be cut off
 
     def on_message_begin(self) -> None:
         self._is_in_head = True
         self._head_bytes = 0
-        if self.cycle is None or self.cycle.response_complete:
-            self._await_head()  # else an answer that is under way would be cut off
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
