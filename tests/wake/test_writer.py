@@ -230,3 +230,38 @@ async def test_wakes_that_wait_share_a_transaction() -> None:
     )()
     assert [text for _, text in stored] == ["first", "a", "b", "a", "c"]
     assert [str(uid) for uid, _ in stored] == acknowledged
+
+
+async def test_who_was_answered_together_is_written_together_again(desk: Desk) -> None:
+    writer = BatchingWriter(desk.write)
+
+    async def client(number: int) -> None:
+        for _ in range(20):
+            assert await writer.put(number) == number * 2
+            await asyncio.sleep(0)  # its next request takes a turn or two to come
+            await asyncio.sleep(0)
+
+    async with running(writer), asyncio.timeout(10):
+        await asyncio.gather(*map(client, range(8)))
+    assert len(desk.taken) == 8 * 20
+    assert len(desk.batches) <= 2 * 20
+
+
+async def test_the_event_loop_gives_way_for_a_moment_only(
+    desk: Desk, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer_module, "GIVE_WAY_SECONDS", 0.2)
+    writer = BatchingWriter(desk.write)
+    async with running(writer), asyncio.timeout(10):
+        desk.is_open.clear()
+        began = time.monotonic()
+        waiting = [asyncio.create_task(writer.put(job)) for job in range(3)]
+        await until(lambda: desk.batches)
+        assert 0.2 <= time.monotonic() - began < 1, "it waited for the writer, and then went on"
+        began = time.monotonic()
+        waiting += [asyncio.create_task(writer.put(job)) for job in range(3, 6)]
+        await asyncio.sleep(0.01)
+        assert time.monotonic() - began < 0.1, "it waits for no batch behind another"
+        desk.is_open.set()
+        assert await asyncio.gather(*waiting) == [0, 2, 4, 6, 8, 10]
+    assert desk.batches == [[0, 1, 2], [3, 4, 5]]
