@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -26,13 +27,14 @@ from uvicorn.supervisors import Multiprocess
 
 from hooks import tokens as hook_tokens
 from hooks.models import HookPolicy, HookToken
-from wake import status, tokens
+from wake import listening, status, tokens
 from wake.gateway.frames import MAX_HANDSHAKE_BYTES
 from wake.lifespan import HEARTBEATS_VARIABLE
 from wake.limits import raise_open_files_limit
 from wake.models import GatewaySettings, GatewayToken
 
 GRACE_SECONDS: Final = 10
+PROBE_SECONDS: Final = 0.05
 _MIGRATION_LOCK: Final = 0x6F70_636C  # any number that nothing else in the database locks
 
 
@@ -59,7 +61,7 @@ class Command(BaseCommand):
     def handle(self, *, host: str, port: int, workers: int, no_heartbeats: bool, **_: Any) -> None:
         _check_workers(workers)
         # The port first: a second start by mistake ends here and touches nothing.
-        listening = _listen(host, port)
+        taken = _listen(host, port, workers)
         try:
             with _one_at_a_time():
                 _migrate()
@@ -71,9 +73,9 @@ class Command(BaseCommand):
         os.environ[HEARTBEATS_VARIABLE] = "0" if no_heartbeats else "1"
         _allow_host(host)
         raise_open_files_limit()
-        url = _url(host, listening.getsockname()[1])
+        url = _url(host, taken.getsockname()[1])
         threading.Thread(target=self._announce, args=(url,), daemon=True).start()
-        _serve(listening, workers)
+        _serve(taken, workers)
 
     def _show_once(self, made: dict[str, str]) -> None:
         if not made:
@@ -85,8 +87,8 @@ class Command(BaseCommand):
 
     def _announce(self, url: str) -> None:
         """Print the ready line once the server answers."""
-        with contextlib.suppress(urllib.error.HTTPError):  # any answer is an answer
-            urllib.request.urlopen(_probe_url(url), timeout=60).close()  # noqa: S310 - our own URL
+        while not _answers(_probe_url(url)):
+            time.sleep(PROBE_SECONDS)
         self.stdout.write(f"ready {url}")
         self.stdout.flush()
 
@@ -102,21 +104,13 @@ def _check_workers(workers: int) -> None:
         raise CommandError("more than one worker needs Redis: set REDIS_URL")
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def _listen(host: str, port: int, workers: int) -> socket.socket:
     if not 0 <= port <= 65_535:
         raise CommandError(f"--port takes a number from 0 to 65535, not {port}")
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        listening = socket.socket(family, kind, protocol)
-        listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        listening.bind(address)
-        listening.listen(2048)
+        return listening.listen(host, port, workers)
     except (OSError, OverflowError) as error:
         raise CommandError(f"cannot listen on {host} port {port}: {error}") from error
-    listening.set_inheritable(True)
-    return listening
 
 
 @contextlib.contextmanager
@@ -188,7 +182,17 @@ def _probe_url(url: str) -> str:
     return url.replace("//0.0.0.0:", "//127.0.0.1:").replace("//[::]:", "//[::1]:") + "/healthz"
 
 
-def _serve(listening: socket.socket, workers: int) -> None:
+def _answers(url: str) -> bool:
+    try:
+        urllib.request.urlopen(url, timeout=60).close()  # noqa: S310 - our own URL
+    except urllib.error.HTTPError:  # any answer is an answer
+        return True
+    except (urllib.error.URLError, ConnectionError):  # no worker listens yet
+        return False
+    return True
+
+
+def _serve(taken: socket.socket, workers: int) -> None:
     config = uvicorn.Config(
         "openclaw_site.asgi:application",
         workers=workers,
@@ -205,12 +209,12 @@ def _serve(listening: socket.socket, workers: int) -> None:
         timeout_graceful_shutdown=GRACE_SECONDS,
     )
     if workers > 1:
-        Multiprocess(config, sockets=[listening]).run()
+        Multiprocess(config, sockets=[taken]).run()
         return
     server = uvicorn.Server(config)
     # Having tidied up, the server raises the signal that ended it once more: that is a good end.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: sys.exit(0))
-    server.run(sockets=[listening])
+    server.run(sockets=[taken])
     if not server.started:
         raise CommandError("the server did not start; the reason is in the log above")
