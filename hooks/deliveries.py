@@ -257,7 +257,7 @@ def _store_together(batch: Sequence[Accepted]) -> list[Settled]:
     """
     results: list[Receipt | WakeError] = []
     try:
-        with transaction.atomic():
+        with transaction.atomic(), columns.pipelined():
             results = dispatch_batch([accepted.decision.wakes[0] for accepted in batch])
             answered = [
                 answers.of_error(result)
@@ -299,7 +299,7 @@ def _store_alone(accepted: Accepted) -> Settled:
     arrival, digest, draft = accepted.arrival, accepted.digest, accepted.draft
     replayed = metrics.Counts()
     try:
-        with transaction.atomic():
+        with transaction.atomic(), columns.pipelined():
             first = idempotency.claim(digest, arrival.received_at) if digest else None
             if first is not None:
                 answer = answers.of_replay(first)
@@ -407,6 +407,7 @@ _COLUMNS: Final = (
 def _record(drafts: Sequence[Draft]) -> None:
     """Store records, and forget the wrong credentials of their clients."""
     moment, uuid, flag = columns.moments(), columns.uuids(), columns.flags()
+    json, blob, nothing = columns.jsons(), columns.blobs(), columns.jsons()({})
     columns.insert(
         HookDelivery._meta.db_table,
         _COLUMNS,
@@ -417,20 +418,20 @@ def _record(drafts: Sequence[Draft]) -> None:
                 draft.milliseconds,
                 draft.client,
                 draft.credential,
-                columns.json_text(draft.credential_mappings),
+                json(draft.credential_mappings),
                 draft.path,
                 draft.mapping_id,
                 draft.mapping_name,
                 draft.status,
                 draft.outcome.value,
                 draft.error,
-                columns.json_text(draft.answer),
+                json(draft.answer),
                 draft.idempotency_key,
                 draft.replay_of_id,
                 flag(draft.has_body),
-                draft.body,
-                columns.json_text(draft.headers) if draft.headers else "{}",
-                columns.json_text(draft.query) if draft.query else "{}",
+                blob(draft.body),
+                json(draft.headers) if draft.headers else nothing,
+                json(draft.query) if draft.query else nothing,
             )
             for draft in drafts
         ],

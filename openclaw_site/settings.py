@@ -115,8 +115,8 @@ if DATABASES["default"]["ENGINE"] == "django.db.backends.sqlite3":
         "timeout": 10,
         # WAL lets readers and the one writer work side by side; FULL makes a commit survive a
         # power cut, which is what an acknowledged event promises.
-        # Pages are half as large as usual (in a database that is made now): what a wake changes lies
-        # in many of them, and a commit writes each whole. After 16 MiB, not 4, they move from the log
+        # Pages are half as large as usual (in a database that is made now): what a wake changes
+        # lies in many, and a commit writes each whole. After 16 MiB, not 4, they move from the log
         # to their places: those of many sessions are written again and again.
         "init_command": (
             "PRAGMA page_size=2048; PRAGMA journal_mode=WAL; PRAGMA synchronous=FULL; "
@@ -133,6 +133,7 @@ else:
     DATABASES["default"]["OPTIONS"] = {
         "connect_timeout": 10,
         "tcp_user_timeout": 15_000,
+        "prepare_threshold": 5,
         "options": "-c lock_timeout=5s -c idle_in_transaction_session_timeout=10s",
         **DATABASES["default"].get("OPTIONS", {}),
     }

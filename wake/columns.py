@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from functools import cache, lru_cache
@@ -71,14 +71,27 @@ def uuid_of(stored: UUID | str) -> UUID:
     return stored if isinstance(stored, UUID) else UUID(stored)
 
 
-def json_text(value: Any) -> str | None:
-    """Return a value of a JSONField; None stays the database's null."""
+def jsons() -> Callable[[Any], Any]:
+    """Return what makes values of a JSONField into what `insert` takes; None stays the null."""
+    return _in_json_text if is_sqlite() else _unchanged
+
+
+def _in_json_text(value: Any) -> str | None:
     return None if value is None else msgspec.json.encode(value).decode()
 
 
-# So many rows go into one statement, or half as many, a quarter, …: each number is another
-# statement to prepare. On SQLite each step of one lets other threads run, and waits until it may go
-# on: a hundred rows in one step are a hundred times less waiting.
+def blobs() -> Callable[[bytes | None], Any]:
+    """Return what makes bytes into what `insert` takes."""
+    return _unchanged if is_sqlite() else _in_hex_text
+
+
+def _in_hex_text(value: bytes | None) -> str | None:
+    return None if value is None else f"\\x{value.hex()}"
+
+
+# On SQLite each step of a statement lets other threads run, and waits until it may go on: a hundred
+# rows in one step are a hundred times less waiting. So many rows go into one statement, or half as
+# many, a quarter, …: each number is another statement to prepare.
 ROWS_AT_ONCE: Final = 128
 
 
@@ -95,8 +108,25 @@ def select(columns: str, rest: str, parameters: Sequence[Any]) -> list[Sequence[
     return msgspec.json.decode(rows[0][0]) if is_sqlite() else rows
 
 
+def json_array(columns: str) -> str:
+    """Return what makes a JSON array of columns in a statement, as text."""
+    return f"json_array({columns})" if is_sqlite() else f"json_build_array({columns})::text"
+
+
+def fetch_json(statement: str, parameters: Sequence[Any]) -> list[Any]:
+    """Return the values that a statement finds, which are JSON as text; without nulls."""
+    return [msgspec.json.decode(row[0]) for row in fetch(statement, parameters) if row[0]]
+
+
 def insert(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Insert rows of stored values, in their order."""
+    if not is_sqlite():
+        names = ", ".join(columns)
+        execute(
+            f"INSERT INTO {table} ({names}) SELECT {names} FROM {_rows_of(table)}",  # noqa: S608
+            [_as_json(columns, rows)],
+        )
+        return
     head = f"INSERT INTO {table} ({', '.join(columns)}) VALUES "  # noqa: S608
     for part in _parts(rows):
         execute(head + _row_marks(len(columns), len(part)), list(chain.from_iterable(part)))
@@ -104,13 +134,14 @@ def insert(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
 
 def update(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Set columns of rows: each is its id and then the values, as they are stored."""
+    if not rows:
+        return
     if not is_sqlite():
-        sets = ", ".join(f"{column} = %s" for column in columns)
-        with connection.cursor() as cursor:
-            cursor.executemany(
-                f"UPDATE {table} SET {sets} WHERE id = %s",  # noqa: S608
-                [(*values, pk) for pk, *values in rows],
-            )
+        sets = ", ".join(f"{column} = v.{column}" for column in columns)
+        execute(
+            f"UPDATE {table} SET {sets} FROM {_rows_of(table)} AS v WHERE {table}.id = v.id",  # noqa: S608
+            [_as_json(("id", *columns), rows)],
+        )
         return
     sets = ", ".join(f"{column} = v.column{place}" for place, column in enumerate(columns, 2))
     for part in _parts(rows):
@@ -122,6 +153,18 @@ def update(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
         )
 
 
+def _rows_of(table: str) -> str:
+    """Return what a statement of PostgreSQL reads like a table: rows that are one parameter.
+
+    So the same statement does for any number of rows, and is prepared once.
+    """
+    return f"json_populate_recordset(NULL::{table}, %s)"
+
+
+def _as_json(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    return msgspec.json.encode([dict(zip(columns, row, strict=True)) for row in rows]).decode()
+
+
 def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
     start, size = 0, ROWS_AT_ONCE
     while start < len(rows):
@@ -131,12 +174,17 @@ def _parts(rows: Sequence[T]) -> Iterator[Sequence[T]]:
         start += size
 
 
-def padded(values: Sequence[T]) -> Sequence[T]:
-    """Return values, at least one, for an `IN`: the last one again and again up to a power of two.
+def any_of(column: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
+    """Return the condition that a column is one of the values, at least one, and its parameters.
 
-    So that the same few statements do for any number of values.
+    The same few statements do for any number of values: on PostgreSQL they are one parameter, on
+    SQLite the last one comes again and again up to a power of two.
     """
-    return [*values, *[values[-1]] * ((1 << (len(values) - 1).bit_length()) - len(values))]
+    if not is_sqlite():
+        return f"{column} = ANY (%s)", [list(values)]
+    padding = (1 << (len(values) - 1).bit_length()) - len(values)
+    padded = [*values, *[values[-1]] * padding]
+    return f"{column} IN ({', '.join(['%s'] * len(padded))})", padded
 
 
 @lru_cache(maxsize=256)
@@ -146,8 +194,9 @@ def _row_marks(columns: int, rows: int) -> str:
 
 
 def delete(table: str, column: str, values: Sequence[Any]) -> None:
-    """Delete the rows whose column is one of the values."""
-    execute(f"DELETE FROM {table} WHERE {column} IN ({marks(values)})", values)  # noqa: S608
+    """Delete the rows whose column is one of the values, at least one."""
+    condition, parameters = any_of(column, values)
+    execute(f"DELETE FROM {table} WHERE {condition}", parameters)  # noqa: S608
 
 
 def fetch(statement: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
@@ -164,40 +213,65 @@ def stream(statement: str, parameters: Sequence[Any], *, at_once: int) -> Iterat
             yield from rows
 
 
-def execute(statement: str, parameters: Sequence[Any]) -> int:
-    """Run a statement, and return how many rows it changed."""
-    with _run(statement, parameters) as cursor:
-        return int(cursor.rowcount)
+def execute(statement: str, parameters: Sequence[Any]) -> None:
+    """Run a statement."""
+    with _run(statement, parameters):
+        pass
+
+
+@contextmanager
+def pipelined() -> Iterator[None]:
+    """Let statements within a transaction go to the server together, where nobody reads a result.
+
+    So they wait for its answer once, here or where a result is read, and there they fail. Each
+    finds its rows by an index: the server is not to read a table whole because that was small when
+    the plan of a statement was made.
+    """
+    database = _past_django()
+    if is_sqlite() or database is None:
+        yield
+        return
+    with database.wrap_database_errors, database.connection.pipeline():
+        execute("SET LOCAL enable_seqscan = off", [])
+        yield
 
 
 @contextmanager
 def _run(statement: str, parameters: Sequence[Any]) -> Iterator[Any]:
     """Run a statement and give its cursor.
 
-    On SQLite past Django's, which takes longer than most statements; but not where somebody listens
-    to what is executed, nor before there is a connection.
+    Past Django's, which takes longer than most statements, and on PostgreSQL writes the parameters
+    into them, so that none is known there; but not where somebody listens to what is executed, nor
+    before there is a connection.
     """
-    database: Any = connections[DEFAULT_DB_ALIAS]
-    is_short_way_open = (
-        is_sqlite()
-        and database.connection is not None
-        and not database.execute_wrappers
-        and not database.queries_logged
-    )
-    if is_short_way_open:
-        with database.wrap_database_errors:
-            yield database.connection.execute(_with_question_marks(statement), parameters)
+    database = _past_django()
+    if database is None:
+        with connection.cursor() as cursor:
+            cursor.execute(statement, parameters)
+            yield cursor
         return
-    with database.cursor() as cursor:
-        cursor.execute(statement, parameters)
-        yield cursor
+    with database.wrap_database_errors:
+        if is_sqlite():
+            yield database.connection.execute(_with_question_marks(statement), parameters)
+        else:
+            yield _plain_cursor()(database.connection).execute(statement, parameters, prepare=True)
+
+
+def _past_django() -> Any:
+    """Return Django's connection where its driver's can be used instead, else None."""
+    database: Any = connections[DEFAULT_DB_ALIAS]
+    is_open = database.connection is not None
+    is_watched = database.execute_wrappers or database.queries_logged
+    return database if is_open and not is_watched else None
+
+
+@cache
+def _plain_cursor() -> Any:
+    import psycopg
+
+    return psycopg.Cursor
 
 
 @lru_cache(maxsize=256)
 def _with_question_marks(statement: str) -> str:
     return statement.replace("%s", "?")
-
-
-def marks(values: Sequence[Any]) -> str:
-    """Return a mark for each of the values, as a statement has them."""
-    return ", ".join(["%s"] * len(values))

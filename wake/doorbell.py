@@ -25,6 +25,8 @@ from typing import Any, Final
 
 from django.db import connection, transaction
 
+from wake import columns
+
 logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "openclaw_wake"
@@ -49,8 +51,7 @@ def ring(sessions: Collection[int] = ()) -> None:
     if connection.vendor == "postgresql":
         named = ",".join(map(str, sessions))
         said = named if len(named) <= MAX_NOTIFICATION_CHARACTERS else ""
-        with connection.cursor() as cursor:
-            cursor.execute("SELECT pg_notify(%s, %s)", [CHANNEL, said])
+        columns.execute("SELECT pg_notify(%s, %s)", [CHANNEL, said])
     transaction.on_commit(partial(_tell_this_process, sessions))
 
 

@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
+from hashlib import blake2b
 from typing import Any, Final, Literal, TypeVar
 from uuid import UUID
 
@@ -186,15 +187,22 @@ def enqueue(
         sessions = _locked_sessions(
             {key for entry in entries for key in (entry.session, *entry.nudged)}
         )
-        newest = _newest_queued_events(sessions.values())
         senders = _sessions_of_runs(entries)
+        digests = [
+            _digest(entry, _is_own(entry, sessions[entry.session], senders)) for entry in entries
+        ]
+        newest = _newest_queued_events(
+            sessions[entry.session]
+            for entry, digest in zip(entries, digests, strict=True)
+            if sessions[entry.session].newest_digest in ("", digest)
+        )
         results: list[Stored | QueueFull] = []
         fresh: list[EventRow] = []
         turns: list[tuple[UUID, Entry]] = []
         counts = metrics.Counts()
-        for entry in entries:
+        for entry, digest in zip(entries, digests, strict=True):
             session = sessions[entry.session]
-            is_own = entry.run_id is not None and senders.get(entry.run_id) == session.pk
+            is_own = _is_own(entry, session, senders)
             twin = newest.get(session.pk)
             if twin and _is_same(twin, entry, is_own):
                 counts.wake(entry.source, "coalesced")
@@ -225,7 +233,7 @@ def enqueue(
                     # What failed was a heartbeat without events: this one has all its attempts.
                     session.attempts = 0
                 session.queued += 1
-                session.last_event_at = now
+                session.last_event_at, session.newest_digest = now, digest
                 counts.wake(entry.source, "queued")
                 results.append(Stored("queued", event.uid))
             if is_own and guards.is_self_wake_held(session.own_runs, entry.self_wake_limit):
@@ -274,6 +282,22 @@ def _locked_sessions(keys: Collection[SessionKey]) -> dict[SessionKey, SessionRo
         )
         found = {SessionKey(row.agent_id, row.key): row for row in rows.lock_sessions(keys)}
     return found
+
+
+def _is_own(entry: Entry, session: SessionRow, senders: Mapping[UUID, int]) -> bool:
+    """Whether a run of the session itself sends the entry."""
+    return entry.run_id is not None and senders.get(entry.run_id) == session.pk
+
+
+def _digest(entry: Entry, is_own: bool) -> str:
+    """Return what all entries have alike that could be coalesced, and (nearly) no others."""
+    if entry.turn:
+        return _LIKE_NO_OTHER
+    said = f"{entry.source}\0{entry.external:d}{is_own:d}{entry.text}"
+    return blake2b(said.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+_LIKE_NO_OTHER: Final = "turn"
 
 
 def _newest_queued_events(sessions: Iterable[SessionRow]) -> dict[int, EventRow]:

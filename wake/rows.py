@@ -35,14 +35,15 @@ _TURNS: Final = AgentTurn._meta.db_table
 _EVENTS: Final = SystemEvent._meta.db_table
 # SQLite takes 32,766 parameters in a statement, PostgreSQL 65,535.
 _MOST_PARAMETERS: Final = 10_000
+_LAST_ID: Final = 2**63 - 1
 _EVENTS_AT_ONCE: Final = 50
 
 
 class SessionRow(msgspec.Struct):
     """A session as the queue decides about it; the fields are those of the model.
 
-    `last_event_at` is not read: it is set where an event arrives. `stored` is what `is_moved`
-    compares with.
+    `last_event_at` is not read: it is set where an event arrives, with `newest_digest`. `stored` is
+    what `is_moved` compares with.
     """
 
     pk: int
@@ -57,6 +58,7 @@ class SessionRow(msgspec.Struct):
     own_runs: int
     batch_through: int | None
     lease_token: UUID | None
+    newest_digest: str
     last_event_at: datetime | None = None
     stored: tuple[Any, ...] = ()
 
@@ -72,10 +74,10 @@ class SessionRow(msgspec.Struct):
 
 _SESSION_COLUMNS: Final = (
     "id, agent_id, key, queued, attempts, due_at, due_reason, held_until, held_by, own_runs, "
-    "batch_through, lease_token"
+    "batch_through, lease_token, newest_digest"
 )
 _DUE_COLUMNS: Final = ("due_at", "due_reason", "held_until", "held_by")
-_ARRIVAL_COLUMNS: Final = ("queued", "last_event_at")
+_ARRIVAL_COLUMNS: Final = ("queued", "newest_digest", "last_event_at")
 _TURN_COLUMNS: Final = ("attempts", *_DUE_COLUMNS)
 _LEASE_COLUMNS: Final = (
     "lease_token",
@@ -91,6 +93,7 @@ _FREE_COLUMNS: Final = (
     "lease_owner",
     "lease_until",
     "queued",
+    "newest_digest",
     "attempts",
     *_DUE_COLUMNS,
     "batch_through",
@@ -162,22 +165,19 @@ def lock_sessions(keys: Collection[SessionKey]) -> list[SessionRow]:
     order = " ORDER BY id" if not columns.is_sqlite() else ""
     found: list[SessionRow] = []
     for part in _parts(sorted(keys)):
-        agents = columns.padded(sorted({key.agent_id for key in part}))
-        names = columns.padded([key.key for key in part])
-        found += _sessions(
-            f"agent_id IN ({columns.marks(agents)}) AND key IN ({columns.marks(names)}){order}",
-            [*agents, *names],
-        )
+        of_agents, agents = columns.any_of("agent_id", sorted({key.agent_id for key in part}))
+        named, names = columns.any_of("key", [key.key for key in part])
+        found += _sessions(f"{of_agents} AND {named}{order}", [*agents, *names])
     return [row for row in found if SessionKey(row.agent_id, row.key) in keys]
 
 
 def lock(session_ids: Collection[int]) -> None:
     """Lock sessions in the order of their ids, as `lock_sessions` does."""
     if not columns.is_sqlite() and session_ids:
-        marks = columns.marks(sorted(session_ids))
+        condition, parameters = columns.any_of("id", sorted(session_ids))
         columns.fetch(
-            f"SELECT id FROM {_SESSIONS} WHERE id IN ({marks}) ORDER BY id FOR UPDATE",  # noqa: S608
-            sorted(session_ids),
+            f"SELECT id FROM {_SESSIONS} WHERE {condition} ORDER BY id FOR UPDATE",  # noqa: S608
+            parameters,
         )
 
 
@@ -196,8 +196,9 @@ def first_due(agents: Sequence[str]) -> dict[int, dict[str, datetime]]:
     )
     found: dict[int, dict[str, datetime]] = {priority: {} for priority in PRIORITIES}
     for part in _parts(agents):
-        statement = f"SELECT a.id, {looks} FROM {_AGENTS} a WHERE a.id IN ({columns.marks(part)})"  # noqa: S608
-        for agent_id, *times in columns.fetch(statement, part):
+        condition, parameters = columns.any_of("a.id", part)
+        statement = f"SELECT a.id, {looks} FROM {_AGENTS} a WHERE {condition}"  # noqa: S608
+        for agent_id, *times in columns.fetch(statement, parameters):
             for priority, stored in zip(PRIORITIES, times, strict=True):
                 if (due_at := columns.moment_of(stored)) is not None:
                     found[priority][agent_id] = due_at
@@ -221,8 +222,9 @@ def leased_sessions(leases: Mapping[UUID, int]) -> dict[UUID, SessionRow]:
     """Return, by run, the sessions whose leases are those of the runs given with them; locked."""
     found: dict[UUID, SessionRow] = {}
     order = "" if columns.is_sqlite() else " ORDER BY id"
-    for part in map(columns.padded, _parts(sorted(leases.values()))):
-        for row in _sessions(f"id IN ({columns.marks(part)}){order}", part):
+    for part in _parts(sorted(leases.values())):
+        condition, parameters = columns.any_of("id", part)
+        for row in _sessions(f"{condition}{order}", parameters):
             if row.lease_token is not None and leases.get(row.lease_token) == row.pk:
                 found[row.lease_token] = row
     return found
@@ -236,7 +238,9 @@ def save_arrivals(sessions: Iterable[SessionRow]) -> None:
     moment = columns.moments()
     changes: defaultdict[tuple[str, ...], list[tuple[Any, ...]]] = defaultdict(list)
     for row in sessions:
-        came = () if row.last_event_at is None else (row.queued, moment(row.last_event_at))
+        came: tuple[Any, ...] = ()
+        if row.last_event_at is not None:
+            came = (row.queued, row.newest_digest, moment(row.last_event_at))
         moved = (row.attempts, *_due(row, moment)) if row.is_moved else ()
         if came or moved:
             changed = (_ARRIVAL_COLUMNS if came else ()) + (_TURN_COLUMNS if moved else ())
@@ -268,7 +272,10 @@ def save_leases(sessions: Iterable[SessionRow], *, owner: str, until: datetime) 
 
 
 def save_free(sessions: Iterable[SessionRow], *, last_heartbeat_at: datetime | None = None) -> None:
-    """Store sessions whose leases are given back; the time of their last heartbeat, if it ended."""
+    """Store sessions whose leases are given back; the time of their last heartbeat, if it ended.
+
+    Events may have left the queue: which one is the newest now is to be looked up.
+    """
     moment = columns.moments()
     ended = () if last_heartbeat_at is None else (moment(last_heartbeat_at),)
     columns.update(
@@ -281,6 +288,7 @@ def save_free(sessions: Iterable[SessionRow], *, last_heartbeat_at: datetime | N
                 "",
                 None,
                 row.queued,
+                "",
                 row.attempts,
                 *_due(row, moment),
                 row.batch_through,
@@ -352,9 +360,11 @@ def heartbeats_of(run_ids: Sequence[UUID]) -> dict[UUID, int]:
     """Return the primary keys of heartbeats, by run."""
     uuid = columns.uuids()
     found: dict[UUID, int] = {}
-    for part in map(columns.padded, _parts([uuid(run_id) for run_id in run_ids])):
-        statement = f"SELECT run_id, id FROM {_HEARTBEATS} WHERE run_id IN ({columns.marks(part)})"  # noqa: S608
-        found |= {columns.uuid_of(run_id): pk for run_id, pk in columns.fetch(statement, part)}
+    for part in _parts([uuid(run_id) for run_id in run_ids]):
+        condition, parameters = columns.any_of("run_id", part)
+        statement = f"SELECT run_id, id FROM {_HEARTBEATS} WHERE {condition}"  # noqa: S608
+        for run_id, pk in columns.fetch(statement, parameters):
+            found[columns.uuid_of(run_id)] = pk
     return found
 
 
@@ -401,13 +411,12 @@ def insert_events(events: Sequence[EventRow], now: datetime) -> None:
 
 def queued_events(session_id: int, through: int | None, limit: int) -> Iterator[QueuedEvent]:
     """Yield queued events of a session in their order, up to the event `through` if given."""
-    bound = "" if through is None else " AND e.id <= %s"
     found = columns.stream(
         "SELECT e.id, e.uid, e.text, e.source, e.external, e.created_at, e.own, e.alone, "  # noqa: S608
         f"t.name, t.deliver, t.timeout_seconds FROM {_EVENTS} e "
-        f"LEFT JOIN {_TURNS} t ON t.event_id = e.id "
-        f"WHERE e.session_id = %s AND e.state = 'queued'{bound} ORDER BY e.id LIMIT %s",
-        [session_id, *([] if through is None else [through]), limit],
+        f"LEFT JOIN {_TURNS} t ON t.event_id = e.id WHERE {_queued('%s', '%s', table='e.')} "
+        "ORDER BY e.session_id, e.state, e.id LIMIT %s",
+        [session_id, session_id, _LAST_ID if through is None else through, limit],
         # Texts are long, and a heartbeat takes no more than some bytes.
         at_once=_EVENTS_AT_ONCE,
     )
@@ -423,11 +432,10 @@ def settle_events(heartbeats: Mapping[int, int], state: str, now: datetime) -> s
     Those that are not queued any more are left as they are.
     """
     queued: set[int] = set()
-    for part in map(columns.padded, _parts(list(heartbeats))):
-        statement = (
-            f"SELECT id FROM {_EVENTS} WHERE id IN ({columns.marks(part)}) AND state = 'queued'"  # noqa: S608
-        )
-        queued |= {row[0] for row in columns.fetch(statement, part)}
+    for part in _parts(list(heartbeats)):
+        condition, parameters = columns.any_of("id", part)
+        statement = f"SELECT id FROM {_EVENTS} WHERE {condition} AND state = 'queued'"  # noqa: S608
+        queued |= {row[0] for row in columns.fetch(statement, parameters)}
     settled_at = columns.moments()(now)
     columns.update(
         _EVENTS,
@@ -463,14 +471,16 @@ def newest_queued_events(session_ids: Sequence[int]) -> list[EventRow]:
     for a lock still sees the events as they were before it waited.
     """
     found: list[EventRow] = []
-    for part in map(columns.padded, _parts(session_ids)):
-        rest = (
-            f"FROM {_EVENTS} WHERE id IN (SELECT (SELECT e.id FROM {_EVENTS} e "  # noqa: S608
-            f"WHERE e.session_id = s.id AND e.state = 'queued' ORDER BY e.id DESC LIMIT 1) "
-            f"FROM {_SESSIONS} s WHERE s.id IN ({columns.marks(part)}))"
-        )
-        for uid, session_id, text, source, external, alone, own, pk in columns.select(
-            "uid, session_id, text, source, external, alone, own, id", rest, part
+    made = columns.json_array("uid, session_id, text, source, external, alone, own, id")
+    look = (
+        f"SELECT {made} FROM {_EVENTS} WHERE {_queued('s.id', str(_LAST_ID))} "  # noqa: S608
+        "ORDER BY session_id DESC, state DESC, id DESC LIMIT 1"
+    )
+    for part in _parts(session_ids):
+        condition, parameters = columns.any_of("s.id", part)
+        statement = f"SELECT ({look}) FROM {_SESSIONS} s WHERE {condition}"  # noqa: S608
+        for uid, session_id, text, source, external, alone, own, pk in columns.fetch_json(
+            statement, parameters
         ):
             found.append(
                 EventRow(
@@ -490,6 +500,17 @@ def newest_queued_events(session_ids: Sequence[int]) -> list[EventRow]:
 # --- Pieces -------------------------------------------------------------------------------------
 
 
+def _queued(session: str, through: str, *, table: str = "") -> str:
+    """Return the condition for a session's queued events up to an id: a part of `event_session`.
+
+    Ordered by all columns of that index, they are read from it and from nowhere else. With three
+    conditions and an order by id, PostgreSQL may read all events by their ids until it comes to
+    enough of the session.
+    """
+    place = f"({table}session_id, {table}state, {table}id)"
+    return f"{place} >= ({session}, 'queued', 0) AND {place} <= ({session}, 'queued', {through})"
+
+
 def _sessions(
     where: str, parameters: Sequence[Any], *, skip_locked: bool = False
 ) -> list[SessionRow]:
@@ -502,7 +523,7 @@ def _sessions(
 
 def _session(columns_of_it: Sequence[Any]) -> SessionRow:
     pk, agent_id, key, queued, attempts, due_at, due_reason, held_until, *rest = columns_of_it
-    held_by, own_runs, batch_through, lease_token = rest
+    held_by, own_runs, batch_through, lease_token, newest_digest = rest
     row = SessionRow(
         pk,
         agent_id,
@@ -516,6 +537,7 @@ def _session(columns_of_it: Sequence[Any]) -> SessionRow:
         own_runs,
         batch_through,
         columns.uuid_of(lease_token) if lease_token is not None else None,
+        newest_digest,
     )
     row.stored = row.turns()
     return row

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from django.db import connection
+from django.db.migrations.recorder import MigrationRecorder
 from django.test import Client
 
 from hooks.models import HookPolicy
@@ -83,16 +84,15 @@ def test_readyz_says_what_is_wrong_with_the_loop(monkeypatch: pytest.MonkeyPatch
 @pytest.mark.django_db(transaction=True)
 def test_readyz_says_that_migrations_are_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(status, "_was_migrated", False)
-    with connection.cursor() as cursor:
-        cursor.execute("UPDATE django_migrations SET name = 'x' WHERE name = '0006_event_indexes'")
+    last = MigrationRecorder.Migration.objects.filter(app="wake").order_by("-name")[:1]
+    name = last.get().name
+    rename = MigrationRecorder.Migration.objects.filter(app="wake", name__in=[name, "x"]).update
+    rename(name="x")
     try:
         answer = Client().get("/readyz")
         assert (answer.status_code, answer.content) == (503, b"the database is not migrated\n")
     finally:
-        with connection.cursor() as cursor:
-            cursor.execute(
-                "UPDATE django_migrations SET name = '0006_event_indexes' WHERE name = 'x'"
-            )
+        rename(name=name)
     assert Client().get("/readyz").status_code == 200
 
 

@@ -359,6 +359,21 @@ class QueueMachine(RuleBasedStateMachine):
         assert not counted.exclude(counted=F("queued")).exists()
 
     @invariant()
+    def a_known_digest_is_that_of_the_newest_event_and_it_is_queued(self) -> None:
+        for session in Session.objects.exclude(newest_digest=""):
+            newest = session.events.order_by("-pk")[0]
+            again = Entry(
+                SessionKey(session.agent_id, session.key),
+                newest.text,
+                newest.source,
+                newest.external,
+                Due(self.now, DueReason.WAKE),
+                turn=Turn("") if newest.alone else None,
+            )
+            assert newest.state == EventState.QUEUED
+            assert session.newest_digest == queue._digest(again, newest.own)
+
+    @invariant()
     def every_acknowledged_event_is_on_record(self) -> None:
         stored = set(SystemEvent.objects.values_list("uid", flat=True))
         assert stored == {uid for uids in self.acknowledged.values() for uid in uids}
