@@ -219,13 +219,16 @@ def execute(statement: str, parameters: Sequence[Any]) -> None:
         pass
 
 
+PIPELINE_OFF: Final = 0  # libpq's own number
+
+
 @contextmanager
 def pipelined() -> Iterator[None]:
     """Let statements within a transaction go to the server together, where nobody reads a result.
 
-    So they wait for its answer once, here or where a result is read, and there they fail. Each
-    finds its rows by an index: the server is not to read a table whole because that was small when
-    the plan of a statement was made.
+    So they wait for its answer once, here or where a result is read, and there they fail. They are
+    prepared, and each finds its rows by an index: the server is not to read a table whole because
+    that was small when the plan was made. (Elsewhere it makes a plan each time.)
     """
     database = _past_django()
     if is_sqlite() or database is None:
@@ -254,7 +257,9 @@ def _run(statement: str, parameters: Sequence[Any]) -> Iterator[Any]:
         if is_sqlite():
             yield database.connection.execute(_with_question_marks(statement), parameters)
         else:
-            yield _plain_cursor()(database.connection).execute(statement, parameters, prepare=True)
+            is_pipelined = database.connection.info.pipeline_status != PIPELINE_OFF
+            cursor = _plain_cursor()(database.connection)
+            yield cursor.execute(statement, parameters, prepare=is_pipelined)
 
 
 def _past_django() -> Any:

@@ -351,7 +351,10 @@ class HoldReason(models.TextChoices):
 class Session(models.Model):
     """One conversation of one agent, and the work that is due in it."""
 
-    agent = models.ForeignKey(Agent, on_delete=models.PROTECT, related_name="sessions")
+    # Without an index of its own: with one, a plan may read all sessions of an agent to find one.
+    agent = models.ForeignKey(
+        Agent, on_delete=models.PROTECT, db_index=False, related_name="sessions"
+    )
     key = models.CharField(max_length=512)
     queued = models.PositiveIntegerField(default=0, help_text="Events in the state queued.")
     due_at = models.DateTimeField(null=True, blank=True)

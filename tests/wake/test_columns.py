@@ -1,0 +1,147 @@
+"""Rows written without models are what models read, whatever is in them; on PostgreSQL also in a
+pipeline."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+from uuid import UUID, uuid4
+
+import pytest
+from django.db import DatabaseError, connection, transaction
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hooks.models import HookDelivery
+from wake import columns
+from wake.models import Session
+from wake.rows import lock_sessions
+from wake.session_keys import SessionKey
+
+pytestmark = pytest.mark.django_db(transaction=True)
+
+EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# What PostgreSQL keeps in no text; whoever writes has seen to it.
+texts = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20)
+json = st.recursive(
+    st.none() | st.booleans() | st.integers(-(2**53), 2**53) | texts,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(texts, inner, max_size=3),
+    max_leaves=5,
+)
+moments = st.integers(0, 2**52).map(lambda us: EPOCH + timedelta(microseconds=us))
+deliveries = st.fixed_dictionaries(
+    {
+        "received_at": moments,
+        "milliseconds": st.floats(0, 1e6),
+        "client": texts,
+        "error": texts,
+        "answer": json,
+        "headers": st.dictionaries(texts, texts, max_size=3),
+        "has_body": st.booleans(),
+        "body": st.none() | st.binary(max_size=20),
+    }
+)
+ALWAYS = {
+    "credential": "",
+    "path": "wake",
+    "mapping_name": "",
+    "status": 200,
+    "outcome": "queued",
+    "idempotency_key": "",
+}
+
+
+def stored(delivery: dict[str, Any]) -> dict[str, Any]:
+    """Return a delivery as `insert` takes it."""
+    return {
+        **delivery,
+        "received_at": columns.moments()(delivery["received_at"]),
+        "answer": columns.jsons()(delivery["answer"]),
+        "headers": columns.jsons()(delivery["headers"]),
+        "query": columns.jsons()({}),
+        "has_body": columns.flags()(delivery["has_body"]),
+        "body": columns.blobs()(delivery["body"]),
+    }
+
+
+@pytest.mark.parametrize("is_pipelined", [False, True])
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(rows=st.lists(deliveries, min_size=1, max_size=5))
+def test_a_model_reads_what_was_inserted(is_pipelined: bool, rows: list[dict[str, Any]]) -> None:
+    uids = [uuid4() for _ in rows]
+    made = [
+        {"uid": columns.uuids()(uid), **stored(row), **ALWAYS}
+        for uid, row in zip(uids, rows, strict=True)
+    ]
+    names = tuple(made[0])
+    with transaction.atomic():
+        if is_pipelined:
+            with columns.pipelined():
+                insert(names, made)
+        else:
+            insert(names, made)
+    found = {delivery.uid: delivery for delivery in HookDelivery.objects.filter(uid__in=uids)}
+    for uid, row in zip(uids, rows, strict=True):
+        delivery = found[uid]
+        body = None if delivery.body is None else bytes(delivery.body)
+        assert {name: getattr(delivery, name) for name in row} | {"body": body} == row
+    assert sorted(uids, key=lambda uid: found[uid].pk) == uids, "in their order"
+
+
+def insert(names: tuple[str, ...], made: list[dict[str, Any]]) -> None:
+    columns.insert(
+        HookDelivery._meta.db_table, names, [[row[name] for name in names] for row in made]
+    )
+
+
+def test_an_update_sets_what_it_says_of_the_rows_that_it_says() -> None:
+    sessions = [Session.objects.create(agent_id="main", key=f"agent:main:{n}") for n in range(3)]
+    token, now = UUID(int=5), datetime(2026, 1, 2, 3, 4, 5, 678901, UTC)
+    changed = [
+        (session.pk, columns.uuids()(token), columns.moments()(now), "me")
+        for session in sessions[:2]
+    ]
+    columns.update(Session._meta.db_table, ("lease_token", "lease_until", "lease_owner"), changed)
+    found = Session.objects.order_by("pk").values_list("lease_token", "lease_until", "lease_owner")
+    assert list(found) == [(token, now, "me")] * 2 + [(None, None, "")]
+
+
+def test_a_failure_in_a_pipeline_is_a_database_error_and_undoes_all() -> None:
+    row = {"uid": columns.uuids()(uuid4()), **ALWAYS}  # columns are missing that may not be null
+
+    def store() -> None:
+        with transaction.atomic():
+            Session.objects.create(agent_id="main", key="agent:main:a")
+            with columns.pipelined():
+                insert(tuple(row), [row])
+                lock_sessions([SessionKey("main", "agent:main:a")])
+
+    with pytest.raises(DatabaseError):
+        store()
+    assert not Session.objects.exists()
+    assert not HookDelivery.objects.exists()
+
+
+def test_what_is_prepared_reads_no_table_whole() -> None:
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite plans by rules, not by the size of tables: set DATABASE_URL")
+    connection.close()
+    connection.ensure_connection()
+    keys = [SessionKey("main", f"agent:main:{n}") for n in range(3)]
+    for _ in range(10):
+        lock_sessions(keys[:1])
+        with transaction.atomic(), columns.pipelined():
+            lock_sessions(keys)
+    with connection.cursor() as cursor:
+        cursor.execute("SELECT name, statement FROM pg_prepared_statements")
+        (name,) = (name for name, statement in cursor.fetchall() if "FOR UPDATE" in statement)
+        cursor.execute(f"EXPLAIN EXECUTE {name} ('{{main}}', '{{agent:main:1}}')")
+        plan = "\n".join(row[0] for row in cursor.fetchall())
+        cursor.execute("SHOW enable_seqscan")
+        assert cursor.fetchone() == ("on",)
+    assert "Seq Scan" not in plan
+    assert "session_agent_key_unique" in plan
