@@ -16,9 +16,9 @@ from hooks.models import IdempotencyKey
 
 KEPT_FOR: Final = timedelta(hours=24)
 
+_FIELD: Final = "idempotencyKey"
 # Headers that hold a key of the sender's choice, or the id that a provider gives a delivery and
 # repeats when it sends that again. GitHub, Standard Webhooks.
-_FIELD: Final = "idempotencyKey"
 _HEADERS: Final = ("idempotency-key", "x-openclaw-idempotency-key")
 _PROVIDER_HEADERS: Final = ("x-github-delivery", "webhook-id")
 # Providers whose id is in the payload: the header that tells them, the field, how it starts.
@@ -26,7 +26,9 @@ _PROVIDER_FIELDS: Final = (
     ("stripe-signature", "id", "evt_"),
     ("x-slack-signature", "event_id", "Ev"),
 )
-_ALL_HEADERS: Final = {*_HEADERS, *_PROVIDER_HEADERS, *(header for header, *_ in _PROVIDER_FIELDS)}
+_ALL_HEADERS: Final = frozenset(
+    (*_HEADERS, *_PROVIDER_HEADERS, *(header for header, *_ in _PROVIDER_FIELDS))
+)
 # Schemes whose signature covers an id. There it goes before all others, and headers that are not
 # signed count for nothing: whoever catches a request could run it once for each key he makes up.
 WITH_SIGNED_ID: Final = frozenset({"standard-webhooks", "stripe", "slack"})

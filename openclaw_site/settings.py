@@ -133,6 +133,7 @@ else:
     DATABASES["default"]["OPTIONS"] = {
         "connect_timeout": 10,
         "tcp_user_timeout": 15_000,
+        # psycopg's own. Django's is None, with which nothing is prepared, not even on request.
         "prepare_threshold": 5,
         "options": "-c lock_timeout=5s -c idle_in_transaction_session_timeout=10s",
         **DATABASES["default"].get("OPTIONS", {}),

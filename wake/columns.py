@@ -1,4 +1,4 @@
-"""Values as the database keeps them, for statements that no model writes."""
+"""Statements that no model writes: how they are run, and values as the database keeps them."""
 
 from __future__ import annotations
 
@@ -120,6 +120,8 @@ def fetch_json(statement: str, parameters: Sequence[Any]) -> list[Any]:
 
 def insert(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
     """Insert rows of stored values, in their order."""
+    if not rows:
+        return
     if not is_sqlite():
         names = ", ".join(columns)
         execute(
@@ -219,7 +221,7 @@ def execute(statement: str, parameters: Sequence[Any]) -> None:
         pass
 
 
-PIPELINE_OFF: Final = 0  # libpq's own number
+_PIPELINE_OFF: Final = 0  # libpq's own number
 
 
 @contextmanager
@@ -257,7 +259,7 @@ def _run(statement: str, parameters: Sequence[Any]) -> Iterator[Any]:
         if is_sqlite():
             yield database.connection.execute(_with_question_marks(statement), parameters)
         else:
-            is_pipelined = database.connection.info.pipeline_status != PIPELINE_OFF
+            is_pipelined = database.connection.info.pipeline_status != _PIPELINE_OFF
             cursor = _plain_cursor()(database.connection)
             yield cursor.execute(statement, parameters, prepare=is_pipelined)
 

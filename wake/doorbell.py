@@ -48,7 +48,7 @@ def ring(sessions: Collection[int] = ()) -> None:
 
     `sessions` are the ids of those that it changed, as far as they are known.
     """
-    if connection.vendor == "postgresql":
+    if not columns.is_sqlite():
         named = ",".join(map(str, sessions))
         said = named if len(named) <= MAX_NOTIFICATION_CHARACTERS else ""
         columns.execute("SELECT pg_notify(%s, %s)", [CHANNEL, said])

@@ -384,8 +384,7 @@ class Session(models.Model):
     lease_owner = models.CharField(max_length=200, blank=True, default="")
     lease_until = models.DateTimeField(null=True, blank=True)
     last_event_at = models.DateTimeField(null=True, blank=True)
-    # What tells the newest event from another one, as long as all that came is queued or was when
-    # it came (`queue.enqueue`). Empty: not known, look at the event.
+    # Of the newest event, while that is queued (`queue.enqueue`). Empty: not known, look at it.
     newest_digest = models.CharField(max_length=16, blank=True, default="")
     last_heartbeat_at = models.DateTimeField(null=True, blank=True)
     created_at = models.DateTimeField(auto_now_add=True)

@@ -188,21 +188,19 @@ def enqueue(
             {key for entry in entries for key in (entry.session, *entry.nudged)}
         )
         senders = _sessions_of_runs(entries)
-        digests = [
-            _digest(entry, _is_own(entry, sessions[entry.session], senders)) for entry in entries
-        ]
+        arrivals: list[tuple[Entry, SessionRow, bool, str]] = []
+        for entry in entries:
+            session = sessions[entry.session]
+            is_own = entry.run_id is not None and senders.get(entry.run_id) == session.pk
+            arrivals.append((entry, session, is_own, _digest(entry, is_own)))
         newest = _newest_queued_events(
-            sessions[entry.session]
-            for entry, digest in zip(entries, digests, strict=True)
-            if sessions[entry.session].newest_digest in ("", digest)
+            session for _, session, _, digest in arrivals if session.newest_digest in ("", digest)
         )
         results: list[Stored | QueueFull] = []
         fresh: list[EventRow] = []
         turns: list[tuple[UUID, Entry]] = []
         counts = metrics.Counts()
-        for entry, digest in zip(entries, digests, strict=True):
-            session = sessions[entry.session]
-            is_own = _is_own(entry, session, senders)
+        for entry, session, is_own, digest in arrivals:
             twin = newest.get(session.pk)
             if twin and _is_same(twin, entry, is_own):
                 counts.wake(entry.source, "coalesced")
@@ -282,11 +280,6 @@ def _locked_sessions(keys: Collection[SessionKey]) -> dict[SessionKey, SessionRo
         )
         found = {SessionKey(row.agent_id, row.key): row for row in rows.lock_sessions(keys)}
     return found
-
-
-def _is_own(entry: Entry, session: SessionRow, senders: Mapping[UUID, int]) -> bool:
-    """Whether a run of the session itself sends the entry."""
-    return entry.run_id is not None and senders.get(entry.run_id) == session.pk
 
 
 def _digest(entry: Entry, is_own: bool) -> str:

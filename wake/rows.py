@@ -386,8 +386,6 @@ def finish_heartbeats(endings: Mapping[int, Ending], now: datetime) -> None:
 
 def insert_events(events: Sequence[EventRow], now: datetime) -> None:
     """Store new events as queued, in their order."""
-    if not events:
-        return
     created_at, uuid, flag = columns.moments()(now), columns.uuids(), columns.flags()
     columns.insert(
         _EVENTS,
