@@ -38,8 +38,9 @@ logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-# Who gives way until the batch with this job is written holds on to the lock.
-_Waiting = tuple[Job, "asyncio.Future[Result]", "threading.Lock | None"]
+_Waiting = tuple[Job, asyncio.Future[Result]]
+# What is stored together, and the lock of who gives way until it is.
+_Batch = tuple[list[_Waiting[Job, Result]], "threading.Lock | None"]
 
 
 class BatchingWriter(Generic[Job, Result]):
@@ -60,11 +61,10 @@ class BatchingWriter(Generic[Job, Result]):
         self._write = write
         self._most_at_once = most_at_once
         self._most_waiting = most_waiting
-        self._jobs: SimpleQueue[_Waiting[Job, Result] | None] = SimpleQueue()
-        # Whose jobs are not stored yet; changed on the event loop alone.
-        self._waiting: set[asyncio.Future[Result]] = set()
-        # Of those, whose are not handed over yet.
-        self._gathered: list[tuple[Job, asyncio.Future[Result]]] = []
+        self._batches: SimpleQueue[_Batch[Job, Result] | None] = SimpleQueue()
+        # What is not handed over yet, and what the thread has been given and has not told of.
+        self._gathered: list[_Waiting[Job, Result]] = []
+        self._given: list[_Waiting[Job, Result]] = []
         self._answered_last = 0  # how many were told together, last
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_running = False
@@ -76,16 +76,23 @@ class BatchingWriter(Generic[Job, Result]):
         """Whether there is a thread that stores what is put in."""
         return self._is_running
 
+    @property
+    def waiting(self) -> int:
+        """How many jobs are not stored yet."""
+        return len(self._gathered) + len(self._given)
+
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
         """Store what is put in, on a thread of its own, while this lasts; at its end, the rest.
 
         What is not stored 10 s after the end is given up: who waits is told so.
         """
-        jobs = self._jobs = SimpleQueue()
-        self._waiting = set()
+        batches = self._batches = SimpleQueue()
+        given = self._given = []
         self._gathered, self._answered_last = [], 0
-        thread = threading.Thread(target=self._serve, args=(jobs,), name="writer", daemon=True)
+        thread = threading.Thread(
+            target=self._serve, args=(batches, given), name="writer", daemon=True
+        )
         thread.start()
         self._is_running = True
         try:
@@ -93,11 +100,12 @@ class BatchingWriter(Generic[Job, Result]):
         finally:
             with self._lock:
                 self._is_running = False
-                self._put_in(None)
-                jobs.put(None)
+                while self._gathered:
+                    batches.put((self._take(), None))
+                batches.put(None)
             thread.join(JOIN_SECONDS)
             if thread.is_alive():
-                self._give_up(jobs)
+                self._give_up(batches, given)
 
     async def put(self, job: Job) -> Result:
         """Return the job's result once it is committed. Who leaves meanwhile has it stored too.
@@ -109,21 +117,20 @@ class BatchingWriter(Generic[Job, Result]):
         with self._lock:
             if not self._is_running:
                 raise StorageUnavailable("the gateway is stopping; try again")
-            if len(self._waiting) >= self._most_waiting:
+            if self.waiting >= self._most_waiting:
                 raise StorageUnavailable("too much is waiting to be stored; try again")
             done: asyncio.Future[Result] = loop.create_future()
             self._loop = loop
-            self._waiting.add(done)
             self._gathered.append((job, done))
             is_first = len(self._gathered) == 1
-        if is_first:
+        if is_first and not self._given:
             loop.call_soon(self._hand_over, 0, 0)
         return await done
 
     def _hand_over(self, known: int, quiet_turns: int) -> None:
         """Hand over what has gathered, once nothing more comes; `known` came a turn ago or before.
 
-        Then give way to the thread, if it had nothing to do: it may be done soon.
+        Then give way to the thread: it may be done soon.
         """
         count = len(self._gathered)
         quiet_turns = 0 if count > known else quiet_turns + 1
@@ -133,79 +140,78 @@ class BatchingWriter(Generic[Job, Result]):
         ):
             asyncio.get_running_loop().call_soon(self._hand_over, count, quiet_turns)
             return
-        written = threading.Lock() if count == len(self._waiting) else None
-        if written:
-            written.acquire()
+        written = threading.Lock()
+        written.acquire()
         with self._lock:
-            self._put_in(written)
-        if written:
-            written.acquire(timeout=GIVE_WAY_SECONDS)
+            if not self._gathered:  # the end came first, and handed them over
+                return
+            self._batches.put((self._take(), written))
+        written.acquire(timeout=GIVE_WAY_SECONDS)
 
-    def _put_in(self, written: threading.Lock | None) -> None:
-        gathered, self._gathered = self._gathered, []
-        for place, (job, done) in enumerate(gathered, 1):
-            self._jobs.put((job, done, written if place == len(gathered) else None))
+    def _take(self) -> list[_Waiting[Job, Result]]:
+        """Return what has gathered first, as many as are stored at once; the rest stays."""
+        taken = self._gathered[: self._most_at_once]
+        del self._gathered[: self._most_at_once]
+        self._given += taken
+        return taken
 
-    def _serve(self, jobs: SimpleQueue[_Waiting[Job, Result] | None]) -> None:
-        while (batch := self._next_batch(jobs)) is not None:
-            self._store(batch)
+    def _serve(
+        self,
+        batches: SimpleQueue[_Batch[Job, Result] | None],
+        given: list[_Waiting[Job, Result]],
+    ) -> None:
+        while (handed := batches.get()) is not None:
+            batch, written = handed
+            self._tell_on_loop(given, batch, self._stored(batch))
+            if written:
+                written.release()
         connections.close_all()
 
-    def _next_batch(
-        self, jobs: SimpleQueue[_Waiting[Job, Result] | None]
-    ) -> list[_Waiting[Job, Result]] | None:
-        """Wait for a job and return it with those that came meanwhile; None at the end."""
-        first = jobs.get()
-        if first is None:
-            return None
-        batch = [first]
-        with contextlib.suppress(Empty):
-            while len(batch) < self._most_at_once:
-                job = jobs.get_nowait()
-                if job is None:
-                    jobs.put(None)
-                    break
-                batch.append(job)
-        return batch
-
-    def _store(self, batch: list[_Waiting[Job, Result]]) -> None:
-        results: Sequence[Result | WakeError]
+    def _stored(self, batch: list[_Waiting[Job, Result]]) -> Sequence[Result | WakeError]:
         try:
-            results = on_kept_connection(self._write, [job for job, *_ in batch])
+            results = on_kept_connection(self._write, [job for job, _ in batch])
             if len(results) != len(batch):
                 raise RuntimeError(f"{len(results)} results for {len(batch)} jobs")
+            return results
         except BaseException as error:  # whatever it is, the thread lives on: others wait for it
             if not isinstance(error, WakeError):
                 logger.exception("writer: a batch of %d failed", len(batch))
-            results = [_unavailable() for _ in batch]
-        self._tell_on_loop([done for _, done, _ in batch], results)
-        for *_, written in batch:
-            if written:
-                written.release()
+            return [_unavailable() for _ in batch]
 
-    def _give_up(self, jobs: SimpleQueue[_Waiting[Job, Result] | None]) -> None:
+    def _give_up(
+        self,
+        batches: SimpleQueue[_Batch[Job, Result] | None],
+        given: list[_Waiting[Job, Result]],
+    ) -> None:
         """Tell all who wait that their jobs are not stored; the batch under way may be, yet."""
         logger.error("writer: the database did not take everything in time")
         with contextlib.suppress(Empty):
             while True:
-                jobs.get_nowait()
-        jobs.put(None)
-        waiting = list(self._waiting)
-        self._tell_on_loop(waiting, [_unavailable() for _ in waiting])
+                batches.get_nowait()
+        batches.put(None)
+        self._tell_on_loop(given, list(given), [_unavailable() for _ in given])
 
     def _tell_on_loop(
-        self, waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | WakeError]
+        self,
+        given: list[_Waiting[Job, Result]],
+        batch: Sequence[_Waiting[Job, Result]],
+        results: Sequence[Result | WakeError],
     ) -> None:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is gone, and who waited with it
-                self._loop.call_soon_threadsafe(self._tell, waiting, results)
+                self._loop.call_soon_threadsafe(self._tell, given, batch, results)
 
     def _tell(
-        self, waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | WakeError]
+        self,
+        given: list[_Waiting[Job, Result]],
+        batch: Sequence[_Waiting[Job, Result]],
+        results: Sequence[Result | WakeError],
     ) -> None:
-        self._waiting.difference_update(waiting)
-        self._answered_last = len(waiting)
-        for done, result in zip(waiting, results, strict=True):
+        del given[: len(batch)]
+        self._answered_last = len(batch)
+        if self._gathered:
+            asyncio.get_running_loop().call_soon(self._hand_over, 0, 0)
+        for (_, done), result in zip(batch, results, strict=True):
             if done.done():  # whoever waited has left
                 continue
             if isinstance(result, WakeError):

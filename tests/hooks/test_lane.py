@@ -396,7 +396,7 @@ def ask_at_once(
         answers = []
         for number, request in enumerate(requests, 2):
             answers.append(pool.submit(site.ask, request))
-            until(lambda number=number: len(lane.writer._waiting) == number)  # type: ignore[misc]
+            until(lambda number=number: lane.writer.waiting == number)  # type: ignore[misc]
         is_open.set()
         assert first.result()[0] == 200
         result = [answer.result() for answer in answers]
@@ -481,7 +481,7 @@ def test_when_the_database_is_away_one_of_a_batch_waits_for_it_and_no_other(
         first = pool.submit(site.ask, Request({"text": "first"}))
         until(lambda: sizes)
         answers = [pool.submit(site.ask, request) for request in keyed]
-        until(lambda: len(lane.writer._waiting) == 4)
+        until(lambda: lane.writer.waiting == 4)
         monkeypatch.setattr(deliveries, "_store_alone", store_alone)
         with broken("hooks_idempotencykey"):
             is_open.set()
