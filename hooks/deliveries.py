@@ -357,8 +357,9 @@ def _complete(draft: Draft, answer: Answer, arrival: Arrival, snapshot: HookConf
     draft.milliseconds = round((time.monotonic() - arrival.began) * 1000, 3)
     draft.status = answer.status
     draft.outcome = answer.outcome
-    draft.error = _storable(answer.error)
-    draft.answer = None if answer.error or answer.body is None else dict(answer.body)
+    error = answer.error
+    draft.error = _storable(error) if error else ""
+    draft.answer = None if error or answer.body is None else dict(answer.body)
     kept = snapshot.keep_bodies == KeepBodies.ALWAYS or (
         snapshot.keep_bodies == KeepBodies.FAILURES and answer.outcome in _FAILURES
     )
@@ -408,36 +409,37 @@ def _record(drafts: Sequence[Draft]) -> None:
     """Store records, and forget the wrong credentials of their clients."""
     moment, uuid, flag = columns.moments(), columns.uuids(), columns.flags()
     json, blob, nothing = columns.jsons(), columns.blobs(), columns.jsons()({})
-    columns.insert(
-        HookDelivery._meta.db_table,
-        _COLUMNS,
-        [
-            (
-                uuid(draft.uid),
-                moment(draft.received_at),
-                draft.milliseconds,
-                draft.client,
-                draft.credential,
-                json(draft.credential_mappings),
-                draft.path,
-                draft.mapping_id,
-                draft.mapping_name,
-                draft.status,
-                draft.outcome.value,
-                draft.error,
-                json(draft.answer),
-                draft.idempotency_key,
-                draft.replay_of_id,
-                flag(draft.has_body),
-                blob(draft.body),
-                json(draft.headers) if draft.headers else nothing,
-                json(draft.query) if draft.query else nothing,
-            )
-            for draft in drafts
-        ],
-    )
-    # A replay is a person's; its client has shown nothing.
-    throttling.clear({draft.client for draft in drafts if draft.replay_of_id is None})
+    with columns.as_one():
+        columns.insert(
+            HookDelivery._meta.db_table,
+            _COLUMNS,
+            [
+                (
+                    uuid(draft.uid),
+                    moment(draft.received_at),
+                    draft.milliseconds,
+                    draft.client,
+                    draft.credential,
+                    json(draft.credential_mappings),
+                    draft.path,
+                    draft.mapping_id,
+                    draft.mapping_name,
+                    draft.status,
+                    draft.outcome.value,
+                    draft.error,
+                    json(draft.answer),
+                    draft.idempotency_key,
+                    draft.replay_of_id,
+                    flag(draft.has_body),
+                    blob(draft.body),
+                    json(draft.headers) if draft.headers else nothing,
+                    json(draft.query) if draft.query else nothing,
+                )
+                for draft in drafts
+            ],
+        )
+        # A replay is a person's; its client has shown nothing.
+        throttling.clear({draft.client for draft in drafts if draft.replay_of_id is None})
 
 
 def arrival_again(delivery: HookDelivery, now: datetime) -> Arrival:

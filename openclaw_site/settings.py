@@ -135,7 +135,11 @@ else:
         "tcp_user_timeout": 15_000,
         # psycopg's own. Django's is None, with which nothing is prepared, not even on request.
         "prepare_threshold": 5,
-        "options": "-c lock_timeout=5s -c idle_in_transaction_session_timeout=10s",
+        # What is prepared is planned once: that takes longer than most of it.
+        "options": (
+            "-c lock_timeout=5s -c idle_in_transaction_session_timeout=10s "
+            "-c plan_cache_mode=force_generic_plan"
+        ),
         **DATABASES["default"].get("OPTIONS", {}),
     }
 

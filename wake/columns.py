@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -203,22 +204,73 @@ def delete(table: str, column: str, values: Sequence[Any]) -> None:
 
 def fetch(statement: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
     """Return the rows of a statement."""
-    with _run(statement, parameters) as cursor:
-        rows: list[Sequence[Any]] = cursor.fetchall()
+    database = _database()
+    with database.wrap_database_errors:
+        rows: list[Sequence[Any]] = _run(database, statement, parameters).fetchall()
         return rows
 
 
 def stream(statement: str, parameters: Sequence[Any], *, at_once: int) -> Iterator[Sequence[Any]]:
     """Yield the rows of a statement, read a few at a time."""
-    with _run(statement, parameters) as cursor:
+    database = _database()
+    with database.wrap_database_errors:
+        cursor = _run(database, statement, parameters)
         while rows := cursor.fetchmany(at_once):
             yield from rows
 
 
 def execute(statement: str, parameters: Sequence[Any]) -> None:
     """Run a statement."""
-    with _run(statement, parameters):
-        pass
+    if (gathered := getattr(_gathering, "statements", None)) is not None:
+        gathered.append((statement, parameters))
+        return
+    database = _database()
+    with database.wrap_database_errors:
+        _run(database, statement, parameters)
+
+
+# What a thread's `as_one` has gathered.
+_gathering = threading.local()
+
+
+@contextmanager
+def as_one() -> Iterator[None]:
+    """Let what is executed within go to PostgreSQL as one statement, at the end.
+
+    To send one, take it apart and answer it costs there as much as what most of them do. They take
+    place in no order, and none sees what another writes: no two are about the same rows, and
+    nothing is read meanwhile. At most one is a SELECT.
+    """
+    if is_sqlite():
+        yield
+        return
+    gathered: list[tuple[str, Sequence[Any]]] = []
+    _gathering.statements = gathered
+    try:
+        yield
+    finally:
+        _gathering.statements = None
+    if gathered:
+        execute(_joined(tuple(statement for statement, _ in gathered)), _in_order(gathered))
+
+
+def _is_select(statement: str) -> bool:
+    return statement.startswith("SELECT")
+
+
+def _in_order(gathered: Sequence[tuple[str, Sequence[Any]]]) -> list[Any]:
+    ordered = sorted(gathered, key=lambda step: _is_select(step[0]))
+    return list(chain.from_iterable(parameters for _, parameters in ordered))
+
+
+@lru_cache(maxsize=256)
+def _joined(statements: tuple[str, ...]) -> str:
+    """Return one statement that does what these do: what writes as parts of a SELECT."""
+    if len(statements) == 1:
+        return statements[0]
+    writing = [statement for statement in statements if not _is_select(statement)]
+    parts = ", ".join(f"step{place} AS ({text})" for place, text in enumerate(writing))
+    return f"WITH {parts} {next(filter(_is_select, statements), 'SELECT')}"
 
 
 _PIPELINE_OFF: Final = 0  # libpq's own number
@@ -232,8 +284,8 @@ def pipelined() -> Iterator[None]:
     prepared, and each finds its rows by an index: the server is not to read a table whole because
     that was small when the plan was made. (Elsewhere it makes a plan each time.)
     """
-    database = _past_django()
-    if is_sqlite() or database is None:
+    database = _database()
+    if is_sqlite() or not _is_used_directly(database):
         yield
         return
     with database.wrap_database_errors, database.connection.pipeline():
@@ -241,35 +293,30 @@ def pipelined() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def _run(statement: str, parameters: Sequence[Any]) -> Iterator[Any]:
-    """Run a statement and give its cursor.
+def _database() -> Any:
+    return connections[DEFAULT_DB_ALIAS]
+
+
+def _run(database: Any, statement: str, parameters: Sequence[Any]) -> Any:
+    """Run a statement and return its cursor.
 
     Past Django's, which takes longer than most statements, and on PostgreSQL writes the parameters
     into them, so that none is known there; but not where somebody listens to what is executed, nor
     before there is a connection.
     """
-    database = _past_django()
-    if database is None:
-        with connection.cursor() as cursor:
-            cursor.execute(statement, parameters)
-            yield cursor
-        return
-    with database.wrap_database_errors:
-        if is_sqlite():
-            yield database.connection.execute(_with_question_marks(statement), parameters)
-        else:
-            is_pipelined = database.connection.info.pipeline_status != _PIPELINE_OFF
-            cursor = _plain_cursor()(database.connection)
-            yield cursor.execute(statement, parameters, prepare=is_pipelined)
+    if not _is_used_directly(database):
+        cursor = database.cursor()
+        cursor.execute(statement, parameters)
+        return cursor
+    if is_sqlite():
+        return database.connection.execute(_with_question_marks(statement), parameters)
+    is_pipelined = database.connection.info.pipeline_status != _PIPELINE_OFF
+    return _plain_cursor()(database.connection).execute(statement, parameters, prepare=is_pipelined)
 
 
-def _past_django() -> Any:
-    """Return Django's connection where its driver's can be used instead, else None."""
-    database: Any = connections[DEFAULT_DB_ALIAS]
-    is_open = database.connection is not None
+def _is_used_directly(database: Any) -> bool:
     is_watched = database.execute_wrappers or database.queries_logged
-    return database if is_open and not is_watched else None
+    return database.connection is not None and not is_watched
 
 
 @cache

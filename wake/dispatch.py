@@ -148,10 +148,9 @@ def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) ->
     agent, session = resolve_session(request.session_key, request.agent_id, snapshot)
     at_once = queue.Due(now, DueReason.OPERATOR if request.by_person else DueReason.WAKE)
     self_wakes = snapshot.agents[agent].max_self_wakes
-    main_session = snapshot.main_session(agent)
     if request.turn:
         return queue.Entry(
-            session or main_session,
+            session or snapshot.main_session(agent),
             text,
             request.source,
             request.external,
@@ -163,11 +162,11 @@ def plan(request: WakeRequest, snapshot: GatewayConfiguration, now: datetime) ->
         )
     nudged: tuple[SessionKey, ...] = ()
     if session is None:
-        session = main_session
+        session = snapshot.main_session(agent)
         if request.mode == Mode.NOW:
             nudged = _fan_out(request.agent_id, agent, snapshot)
     due = at_once
-    if request.mode == Mode.NEXT_HEARTBEAT and session == main_session:
+    if request.mode == Mode.NEXT_HEARTBEAT and session == snapshot.main_session(agent):
         # Any other session is due at once: no schedule ever visits it.
         scheduled = schedule.next_due(agent, snapshot.agents[agent].schedule, now)
         if scheduled:

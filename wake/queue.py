@@ -26,7 +26,7 @@ from django.db import transaction
 from django.db.models import Count, F, Q, Subquery
 from uuid_utils.compat import uuid7
 
-from wake import doorbell, guards, metrics, rows
+from wake import columns, doorbell, guards, metrics, rows
 from wake.errors import LeaseLost, QueueFull
 from wake.models import (
     PRIORITIES,
@@ -240,11 +240,12 @@ def enqueue(
                 _bring_forward(session, entry.due)
             for nudged in entry.nudged:
                 _bring_forward(sessions[nudged], Due(now, DueReason.WAKE))
-        rows.insert_events(fresh, now)
+        with columns.as_one():
+            rows.insert_events(fresh, now)
+            rows.save_arrivals(sessions.values())
+            counts.write()
+            doorbell.ring([session.pk for session in sessions.values()])
         _store_turns(turns)
-        rows.save_arrivals(sessions.values())
-        counts.write()
-        doorbell.ring([session.pk for session in sessions.values()])
     return results
 
 

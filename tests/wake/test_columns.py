@@ -3,12 +3,14 @@ pipeline."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
 from django.db import DatabaseError, connection, transaction
+from django.test.utils import CaptureQueriesContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -41,6 +43,16 @@ deliveries = st.fixed_dictionaries(
         "body": st.none() | st.binary(max_size=20),
     }
 )
+A_DELIVERY = {
+    "received_at": EPOCH,
+    "milliseconds": 1.5,
+    "client": "127.0.0.1",
+    "error": "",
+    "answer": None,
+    "headers": {},
+    "has_body": False,
+    "body": None,
+}
 ALWAYS = {
     "credential": "",
     "path": "wake",
@@ -124,6 +136,51 @@ def test_a_failure_in_a_pipeline_is_a_database_error_and_undoes_all() -> None:
         store()
     assert not Session.objects.exists()
     assert not HookDelivery.objects.exists()
+
+
+def write_as_one(session: Session, names: tuple[str, ...], row: dict[str, Any]) -> None:
+    with columns.as_one():
+        insert(names, [row])
+        columns.update(Session._meta.db_table, ("own_runs",), [(session.pk, 7)])
+        columns.execute("SELECT count(*) FROM wake_session WHERE id = %s", [session.pk])
+        columns.delete(Session._meta.db_table, "key", ["agent:main:gone"])
+
+
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_what_goes_as_one_is_all_done(is_pipelined: bool) -> None:
+    session = Session.objects.create(agent_id="main", key="agent:main:a")
+    Session.objects.create(agent_id="main", key="agent:main:gone")
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
+    with transaction.atomic(), columns.pipelined() if is_pipelined else nullcontext():
+        write_as_one(session, tuple(row), row)
+    assert list(Session.objects.values_list("pk", "own_runs")) == [(session.pk, 7)]
+    assert HookDelivery.objects.count() == 1
+
+
+def test_what_goes_as_one_is_one_statement_to_postgresql() -> None:
+    session = Session.objects.create(agent_id="main", key="agent:main:a")
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
+    with CaptureQueriesContext(connection) as captured:
+        write_as_one(session, tuple(row), row)
+    assert len(captured) == (1 if connection.vendor == "postgresql" else 4)
+
+
+def test_one_failure_of_what_goes_as_one_undoes_all_of_it() -> None:
+    session = Session.objects.create(agent_id="main", key="agent:main:a")
+    row = {"uid": columns.uuids()(uuid4()), **ALWAYS}  # columns are missing that may not be null
+    with pytest.raises(DatabaseError), transaction.atomic():
+        write_as_one(session, tuple(row), row)
+    session.refresh_from_db()
+    assert session.own_runs == 0
+
+
+def test_what_failed_on_the_way_to_go_as_one_does_not_go_with_the_next() -> None:
+    session = Session.objects.create(agent_id="main", key="agent:main:a")
+    with pytest.raises(RuntimeError), columns.as_one():
+        raise RuntimeError
+    columns.update(Session._meta.db_table, ("own_runs",), [(session.pk, 7)])
+    session.refresh_from_db()
+    assert session.own_runs == 7
 
 
 def test_what_is_prepared_reads_no_table_whole() -> None:
