@@ -30,7 +30,8 @@ from wake import columns
 logger = logging.getLogger(__name__)
 
 CHANNEL: Final = "openclaw_wake"
-SQLITE_POLL_SECONDS: Final = 0.02
+# Of what other processes ring. To take each of a thousand a second would be most of a loop's work.
+APART_SECONDS: Final = 0.02
 RECONNECT_SECONDS: Final = 1.0
 # PostgreSQL takes a notification of fewer than 8,000 bytes.
 MAX_NOTIFICATION_CHARACTERS: Final = 7900
@@ -67,14 +68,17 @@ class _OnLoop:
     to wake a loop takes longer than all else about a ring.
     """
 
-    def __init__(self, heard: Hear) -> None:
+    def __init__(self, heard: Hear, is_awaited: Callable[[], bool]) -> None:
         self._loop = asyncio.get_running_loop()
         self._heard = heard
+        self._is_awaited = is_awaited
         self._sessions: set[int] = set()
         self._is_called = False
         self._lock = threading.Lock()
 
     def __call__(self, sessions: Collection[int]) -> None:
+        if not self._is_awaited():
+            return
         with self._lock:
             self._sessions.update(sessions)
             is_called, self._is_called = self._is_called, True
@@ -91,9 +95,12 @@ class _OnLoop:
 
 
 @contextlib.asynccontextmanager
-async def listen(heard: Hear) -> AsyncIterator[None]:
-    """Call `heard` on the event loop at every ring, with the sessions that it names."""
-    hear = _OnLoop(heard)
+async def listen(heard: Hear, is_awaited: Callable[[], bool] = lambda: True) -> AsyncIterator[None]:
+    """Call `heard` on the event loop at every ring, with the sessions that it names.
+
+    `is_awaited` is asked first, on any thread: who is going to look anyway need not be told.
+    """
+    hear = _OnLoop(heard, is_awaited)
     with _lock:
         _listeners.add(hear)
     try:
@@ -137,10 +144,12 @@ async def _listen_on_postgresql(parameters: dict[str, Any], hear: Hear) -> None:
             ) as listening:
                 await listening.execute(f"LISTEN {CHANNEL}")
                 hear(())  # what was rung while nobody listened
-                async for notification in listening.notifies():
-                    hear(
-                        [int(named) for named in notification.payload.split(",") if named.isdigit()]
-                    )
+                while True:
+                    # What has come is taken at once, and then what came within a moment.
+                    async for notification in listening.notifies(stop_after=1):
+                        named = notification.payload.split(",")
+                        hear([int(pk) for pk in named if pk.isdigit()])
+                    await asyncio.sleep(APART_SECONDS)
         except psycopg.Error as error:
             logger.warning("doorbell: lost the database (%s); trying again", error)
         await asyncio.sleep(RECONNECT_SECONDS)
@@ -184,7 +193,7 @@ def _watch_sqlite(path: Path, stopped: threading.Event) -> None:
                 sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
             ) as watching:
                 seen = None
-                while not stopped.wait(SQLITE_POLL_SECONDS):
+                while not stopped.wait(APART_SECONDS):
                     (version,) = watching.execute("PRAGMA data_version").fetchone()
                     if version != seen:
                         seen = version

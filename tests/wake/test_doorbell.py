@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import threading
 import time
+from collections.abc import Collection
 
 import pytest
 from asgiref.sync import sync_to_async
@@ -164,3 +165,50 @@ async def test_more_sessions_than_a_notification_holds_are_rung_all_the_same() -
         await sync_to_async(doorbell.ring)(range(10_000))
         while await asyncio.wait_for(named.get(), 5) != set(range(10_000)):
             pass
+
+
+async def test_who_looks_anyway_is_not_told() -> None:
+    told: list[object] = []
+    is_awaited = True
+    async with doorbell.listen(told.append, lambda: is_awaited):
+        await sync_to_async(doorbell.ring)([3])
+        await asyncio.sleep(0.2)
+        assert told
+        is_awaited = False
+        await asyncio.sleep(0.1)
+        told.clear()
+        await sync_to_async(doorbell.ring)([3])
+        await asyncio.sleep(0.2)
+        assert not told
+
+
+async def test_many_rings_of_another_process_are_heard_together_and_none_is_missed() -> None:
+    if connection.vendor != "postgresql":
+        pytest.skip("on SQLite rings of other processes name no sessions: set DATABASE_URL")
+    import psycopg
+
+    parameters = connection.get_connection_params()
+    wanted = ("dbname", "user", "host", "port", "password")
+    parameters = {name: parameters[name] for name in wanted if parameters.get(name)}
+    heard: list[set[int]] = []
+
+    def ring_often() -> None:
+        with psycopg.connect(**parameters, autocommit=True) as other:
+            for pk in range(200):
+                other.execute("SELECT pg_notify(%s, %s)", [doorbell.CHANNEL, str(pk)])
+                time.sleep(0.001)
+
+    begun = asyncio.Event()
+
+    def hear(sessions: Collection[int]) -> None:
+        heard.append(set(sessions))
+        begun.set()
+
+    async with doorbell.listen(hear):
+        await asyncio.wait_for(begun.wait(), 10)  # it listens when it has said so
+        await asyncio.to_thread(ring_often)
+        deadline = time.monotonic() + 5
+        while set().union(*heard) != set(range(200)):
+            assert time.monotonic() < deadline
+            await asyncio.sleep(0.01)
+    assert len(heard) < 100

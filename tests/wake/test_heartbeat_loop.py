@@ -18,7 +18,8 @@ from asgiref.sync import sync_to_async
 from tests.claims import terms
 from wake import configuration, queue
 from wake.dispatch import Mode, Receipt, WakeRequest, dispatch
-from wake.heartbeats.loop import HeartbeatLoop
+from wake.heartbeats import pulse
+from wake.heartbeats.loop import POLL_SECONDS, HeartbeatLoop
 from wake.models import (
     Agent,
     EventState,
@@ -391,3 +392,20 @@ async def test_a_clock_that_is_set_back_stalls_neither_schedules_nor_retries(
         back[0] = timedelta(minutes=55)
         await until(lambda: len(recorded(inbox)) == 1, 8)
     assert "once more" in recorded(inbox)[0]["prompt"]
+
+
+async def test_a_loop_without_places_does_not_look_at_every_ring(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks: list[float] = []
+    monkeypatch.setattr(pulse, "beat", lambda: looks.append(time.monotonic()))
+    await sync_to_async(set_agent)(runner="none")
+    async with serving(HeartbeatLoop()):
+        await until(lambda: bool(looks))
+        await asyncio.sleep(0.1)
+        looks.clear()
+        began = time.monotonic()
+        for number in range(30):
+            await sync_to_async(wake)(f"text {number}")
+        # The slow poll looks, and nothing else.
+        assert len(looks) <= (time.monotonic() - began) / POLL_SECONDS + 1

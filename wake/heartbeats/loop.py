@@ -100,6 +100,8 @@ class HeartbeatLoop:
         self._stopping = asyncio.Event()
         self._give_up_at = math.inf
         self._look_again = asyncio.Event()
+        # Where there are none, nothing that rings is of use until a run ends or is given a place.
+        self._has_places = True
         self._runs: set[asyncio.Task[None]] = set()
         # Until their leases are given back, so that upkeep renews them to the end.
         self._handing_over: dict[Claim, asyncio.Task[Outcome]] = {}
@@ -147,7 +149,7 @@ class HeartbeatLoop:
 
     async def _serve(self) -> None:
         """Start what is due, and wait for the doorbell or the next due time, until stopped."""
-        async with doorbell.listen(lambda _: self._look_again.set()):
+        async with doorbell.listen(lambda _: self._look_again.set(), self._awaits_ring):
             while not self._stopping.is_set():
                 self._look_again.clear()
                 began = time.monotonic()
@@ -158,6 +160,9 @@ class HeartbeatLoop:
                     with contextlib.suppress(TimeoutError):
                         async with asyncio.timeout(pause):
                             await self._look_again.wait()
+
+    def _awaits_ring(self) -> bool:
+        return self._has_places and not self._look_again.is_set()
 
     async def run_once(self) -> int:
         """Claim what is due, run it to its end, and return how many heartbeats there were."""
@@ -197,7 +202,8 @@ class HeartbeatLoop:
         )
         terms = self._terms(snapshot, running)
         free = snapshot.max_parallel_heartbeats - running.total()
-        if not snapshot.heartbeats_enabled or not terms or free <= 0:
+        self._has_places = bool(snapshot.heartbeats_enabled and terms and free > 0)
+        if not self._has_places:
             return POLL_SECONDS
         claims, pause = await self._together(lambda: self._claim_step(terms, free))
         for claim in claims:

@@ -238,7 +238,8 @@ class ReplyPoster:
 
     async def _serve(self) -> None:
         """Begin what is due, and wait for the doorbell or the next due time, until stopped."""
-        async with doorbell.listen(lambda _: self._look_again.set()):
+        look_again = self._look_again
+        async with doorbell.listen(lambda _: look_again.set(), lambda: not look_again.is_set()):
             while not self._stopping.is_set():
                 self._look_again.clear()
                 pause = await self._begin_due()
