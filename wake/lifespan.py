@@ -14,9 +14,10 @@ from collections.abc import Callable
 from typing import Final
 
 from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
+from django.conf import settings
 from django.db import DatabaseError
 
-from wake import configuration, metrics, upkeep
+from wake import configuration, cores, metrics, upkeep
 from wake.heartbeats import pulse
 from wake.heartbeats.loop import HeartbeatLoop
 from wake.heartbeats.worker import Worker
@@ -47,6 +48,7 @@ class Lifespan:
         heartbeats: Worker | HeartbeatLoop | None = None
         serving: asyncio.Task[None] | None = None
         beside = contextlib.ExitStack()
+        keeping: asyncio.Task[None] | None = None
         while True:
             message = await receive()
             if message["type"] == "lifespan.startup":
@@ -60,9 +62,13 @@ class Lifespan:
                 heartbeats = Worker() if is_all else HeartbeatLoop(kinds={RunnerKind.INBOX})
                 pulse.expect(True)
                 serving = asyncio.create_task(heartbeats.run())
+                if settings.OPENCLAW_ONE_CORE and cores.are_there_more_than(1):
+                    keeping = asyncio.create_task(cores.keep_to_one())
                 settle_memory()
                 await send({"type": "lifespan.startup.complete"})
             elif message["type"] == "lifespan.shutdown":
+                if keeping:
+                    keeping.cancel()
                 try:
                     if heartbeats and serving:
                         heartbeats.stop()

@@ -28,6 +28,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import IO, Final
 from uuid import UUID, uuid5
 
+from wake import cores
 from wake.heartbeats.runners import (
     MAX_ERROR_CHARACTERS,
     MAX_REPLY_BYTES,
@@ -198,6 +199,7 @@ class _Program:
         self._given = memoryview(given)
         self._watched: dict[IO[bytes], Callable[[int], object]] = {}
         self._open_outputs: set[IO[bytes]] = set()
+        cores.leave()
         self._process = subprocess.Popen(  # noqa: S603 - no shell; the command is the operator's
             list(arguments),
             bufsize=0,

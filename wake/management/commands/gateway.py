@@ -27,7 +27,7 @@ from uvicorn.supervisors import Multiprocess
 
 from hooks import tokens as hook_tokens
 from hooks.models import HookPolicy, HookToken
-from wake import listening, status, tokens
+from wake import cores, listening, status, tokens
 from wake.gateway.frames import MAX_HANDSHAKE_BYTES
 from wake.lifespan import HEARTBEATS_VARIABLE
 from wake.limits import raise_open_files_limit
@@ -71,6 +71,7 @@ class Command(BaseCommand):
         connection.close()
 
         os.environ[HEARTBEATS_VARIABLE] = "0" if no_heartbeats else "1"
+        _keep_to_one_core(workers)
         _allow_host(host)
         raise_open_files_limit()
         url = _url(host, taken.getsockname()[1])
@@ -171,6 +172,17 @@ def _allow_host(host: str) -> None:
     settings.ALLOWED_HOSTS = [*settings.ALLOWED_HOSTS, name]
     # Worker processes read the settings anew.
     os.environ["ALLOWED_HOSTS"] = ",".join(settings.ALLOWED_HOSTS)
+
+
+def _keep_to_one_core(workers: int) -> None:
+    """Have each server process keep to a core of its own, unless the operator says otherwise.
+
+    Not where all cores would be taken: the others are for the database, and all else that is here.
+    """
+    if settings.OPENCLAW_ONE_CORE is None:
+        settings.OPENCLAW_ONE_CORE = cores.are_there_more_than(workers)
+        # Worker processes read the settings anew.
+        os.environ["OPENCLAW_ONE_CORE"] = str(settings.OPENCLAW_ONE_CORE)
 
 
 def _url(host: str, port: int) -> str:
