@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from queue import Empty, SimpleQueue
@@ -138,6 +139,7 @@ class BatchingWriter(Generic[Job, Result]):
             quiet_turns < min(self._answered_last // 2, MOST_QUIET_TURNS)
             and count < self._most_at_once
         ):
+            os.sched_yield()  # who is about to send may need this core for it
             asyncio.get_running_loop().call_soon(self._hand_over, count, quiet_turns)
             return
         written = threading.Lock()
