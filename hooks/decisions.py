@@ -105,9 +105,9 @@ def decide(
     hooks: HookConfiguration,
     gateway: GatewayConfiguration,
     *,
-    watch: Watch = lambda step: None,
+    watch: Watch | None = None,
 ) -> Decision:
-    """Return what a request comes to; `watch` is called with each step on the way.
+    """Return what a request comes to; `watch`, if any, is called with each step on the way.
 
     Raises UnknownHook when no mapping matches, NotAuthorized when only such match that the
     credential does not open, TransformFailed, and Refused: a payload, a mapping, a session key or
@@ -116,22 +116,24 @@ def decide(
     if request.path in ENDPOINTS:
         if credential.mappings is not None:
             raise NotAuthorized("the credential is limited to mappings")
-        watch(Matched(None))
+        if watch:
+            watch(Matched(None))
         of_payload = _wake_of_payload if request.path == WAKE_PATH else _turn_of_payload
         asked = Asked(of_payload(request.payload), KeyOrigin.REQUEST)
         return Decision(wakes=(_checked(asked, request, hooks, gateway, watch),))
     matching = _matching(request, credential, hooks)
-    watch(Matched(matching))
+    if watch:
+        watch(Matched(matching))
     challenge = _challenge(matching, request.payload)
     if challenge is not None:
         return Decision(matching, challenge=challenge)
     wakes = []
     items = mapping.items(matching, request)
     for index, item in enumerate(items):
-        if matching.for_each:
+        if watch and matching.for_each:
             watch(Item(index, len(items)))
         fields = mapping.transformed(matching, item)
-        if matching.transform:
+        if watch and matching.transform:
             watch(Transformed(None if fields is None else dict(fields)))
         if fields is None:
             continue
@@ -162,23 +164,26 @@ def _checked(
     request: HookRequest,
     hooks: HookConfiguration,
     gateway: GatewayConfiguration,
-    watch: Watch,
+    watch: Watch | None,
 ) -> WakeRequest:
     """Give a turn its session where it names none, and check text, key, agent and policy."""
     wake, origin = asked.wake, asked.origin
     if wake.turn is not None and wake.session_key is None:
         key = hooks.default_session_key or f"hook:{request.uid}"
         wake, origin = replace(wake, session_key=key), KeyOrigin.POLICY
-    watch(Asked(wake, origin))
+    if watch:
+        watch(Asked(wake, origin))
     clean_text(wake.text)
     if wake.session_key is not None:
         policy.check_origin(hooks, origin)
     agent_id, session = resolve_session(wake.session_key, wake.agent_id, gateway)
-    watch(Located(agent_id, session.key if session else None))
+    if watch:
+        watch(Located(agent_id, session.key if session else None))
     policy.check_agent(hooks, agent_id)
     if wake.session_key is not None and session is not None:
         policy.check_prefix(hooks, wake.session_key, session.key)
-    watch(Allowed())
+    if watch:
+        watch(Allowed())
     run_id = parse_run_id(request.headers.get(RUN_HEADER))
     return replace(wake, run_id=run_id) if run_id else wake
 

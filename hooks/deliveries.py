@@ -25,7 +25,7 @@ from hooks.configuration import HookConfiguration, hooks
 from hooks.credentials import Credential
 from hooks.decisions import Decision, Matched, Step, decide, require_hook
 from hooks.errors import NotAuthorized
-from hooks.models import DeliveryOutcome, HookDelivery, KeepBodies
+from hooks.models import ENDPOINTS, DeliveryOutcome, HookDelivery, KeepBodies
 from hooks.template import HookRequest, carries_credential, visible_headers
 from wake import columns, configuration, metrics
 from wake.configuration import GatewayConfiguration
@@ -205,7 +205,11 @@ def _decide(
         digest = idempotency.digest_of(arrival.credential.key, path, key)
     try:
         decision = decide(
-            arrival.request(payload, snapshot), arrival.credential, snapshot, gateway, watch=watch
+            arrival.request(payload, snapshot),
+            arrival.credential,
+            snapshot,
+            gateway,
+            watch=None if arrival.path in ENDPOINTS else watch,  # those have no mapping
         )
     except NotAuthorized:
         raise

@@ -49,7 +49,7 @@ def moment_of(stored: datetime | str | None) -> datetime | None:
     SQLite keeps UTC without saying so, and does not know that the result of a subquery is a time.
     """
     if isinstance(stored, str):
-        stored = datetime.fromisoformat(stored)
+        return datetime.fromisoformat(f"{stored}+00:00")
     return stored.replace(tzinfo=UTC) if stored is not None and stored.tzinfo is None else stored
 
 
