@@ -5,7 +5,9 @@ In the same process they hear it directly. From another process they hear it
 
 * on PostgreSQL through LISTEN and NOTIFY, which the database sends with the commit;
 * on SQLite by asking `PRAGMA data_version` on a connection of its own: one read of shared memory
-  that changes when any other connection commits. One thread asks for all listeners of a process.
+  that changes when any other connection commits.
+
+One thread, with one connection, does so for all listeners of a process.
 
 A ring says which sessions changed, where the way has room for it: on SQLite another process's does
 not. Hearing too often is harmless. Hearing nothing is made good by the listener's own slow poll.
@@ -20,6 +22,7 @@ import sqlite3
 import threading
 from collections.abc import AsyncIterator, Callable, Collection
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -33,6 +36,11 @@ CHANNEL: Final = "openclaw_wake"
 # Of what other processes ring. To take each of a thousand a second would be most of a loop's work.
 APART_SECONDS: Final = 0.02
 RECONNECT_SECONDS: Final = 1.0
+# How long a listener waits until its database is watched, and for the end of the watching.
+BEGIN_SECONDS: Final = 1.0
+JOIN_SECONDS: Final = 2.0
+# How long the thread waits for a notification until it looks whether it is to end.
+LISTEN_SECONDS: Final = 0.1
 # PostgreSQL takes a notification of fewer than 8,000 bytes.
 MAX_NOTIFICATION_CHARACTERS: Final = 7900
 
@@ -40,7 +48,7 @@ MAX_NOTIFICATION_CHARACTERS: Final = 7900
 Hear = Callable[[Collection[int]], None]
 
 _listeners: set[Hear] = set()
-_watchers: dict[Path, _Watcher] = {}
+_watchers: dict[str, _Watcher] = {}  # by the name of the database
 _lock = threading.Lock()  # of both
 
 
@@ -113,22 +121,50 @@ async def listen(heard: Hear, is_awaited: Callable[[], bool] = lambda: True) -> 
 
 @contextlib.asynccontextmanager
 async def _listen_to_other_processes(hear: Hear) -> AsyncIterator[None]:
-    if connection.vendor == "postgresql":
-        task = asyncio.create_task(_listen_on_postgresql(connection.get_connection_params(), hear))
-        try:
-            yield
-        finally:
-            task.cancel()
-            await asyncio.gather(task, return_exceptions=True)
-    elif connection.vendor == "sqlite" and not connection.is_in_memory_db():  # type: ignore[attr-defined]
-        async with _watch(Path(str(connection.settings_dict["NAME"]))):
-            hear(())  # what was committed while nobody listened
-            yield
-    else:
+    """Have the database watched while this lasts. The last one to leave ends the watching."""
+    watch = _way_to_watch()
+    if watch is None:
         yield
+        return
+    name = str(connection.settings_dict["NAME"])
+    with _lock:
+        watcher = _watchers.get(name) or _watchers.setdefault(name, _Watcher(watch))
+        watcher.listeners += 1
+    try:
+        await asyncio.to_thread(watcher.began.wait, BEGIN_SECONDS)
+        hear(())  # what was committed while nobody listened
+        yield
+    finally:
+        with _lock:
+            watcher.listeners -= 1
+            is_last = not watcher.listeners
+            if is_last:
+                del _watchers[name]
+        if is_last:
+            watcher.stopped.set()
+            await asyncio.to_thread(watcher.thread.join, JOIN_SECONDS)
 
 
-async def _listen_on_postgresql(parameters: dict[str, Any], hear: Hear) -> None:
+class _Watcher:
+    """A thread that watches a database, and how many listeners there are for it."""
+
+    def __init__(self, watch: Callable[[_Watcher], None]) -> None:
+        self.listeners = 0
+        self.began = threading.Event()
+        self.stopped = threading.Event()
+        self.thread = threading.Thread(target=watch, args=(self,), name="doorbell", daemon=True)
+        self.thread.start()
+
+
+def _way_to_watch() -> Callable[[_Watcher], None] | None:
+    if connection.vendor == "postgresql":
+        return partial(_watch_postgresql, connection.get_connection_params())
+    if connection.vendor == "sqlite" and not connection.is_in_memory_db():  # type: ignore[attr-defined]
+        return partial(_watch_sqlite, Path(str(connection.settings_dict["NAME"])))
+    return None
+
+
+def _watch_postgresql(parameters: dict[str, Any], watcher: _Watcher) -> None:
     import psycopg
 
     # Django's own wrappers for cursors and types are of no use on a connection that only listens.
@@ -137,67 +173,37 @@ async def _listen_on_postgresql(parameters: dict[str, Any], hear: Hear) -> None:
         for name, value in parameters.items()
         if name not in {"cursor_factory", "context", "prepare_threshold"}
     }
-    while True:
+    while not watcher.stopped.is_set():
         try:
-            async with await psycopg.AsyncConnection.connect(
-                **wanted, autocommit=True
-            ) as listening:
-                await listening.execute(f"LISTEN {CHANNEL}")
-                hear(())  # what was rung while nobody listened
-                while True:
+            with psycopg.connect(**wanted, autocommit=True) as listening:
+                listening.execute(f"LISTEN {CHANNEL}")
+                watcher.began.set()
+                _tell_this_process(())  # what was rung while nobody listened
+                while not watcher.stopped.is_set():
                     # What has come is taken at once, and then what came within a moment.
-                    async for notification in listening.notifies(stop_after=1):
-                        named = notification.payload.split(",")
-                        hear([int(pk) for pk in named if pk.isdigit()])
-                    await asyncio.sleep(APART_SECONDS)
+                    rung = list(listening.notifies(timeout=LISTEN_SECONDS, stop_after=1))
+                    if rung:
+                        named = chain.from_iterable(one.payload.split(",") for one in rung)
+                        _tell_this_process({int(pk) for pk in named if pk.isdigit()})
+                        watcher.stopped.wait(APART_SECONDS)
         except psycopg.Error as error:
             logger.warning("doorbell: lost the database (%s); trying again", error)
-        await asyncio.sleep(RECONNECT_SECONDS)
+            watcher.stopped.wait(RECONNECT_SECONDS)
 
 
-class _Watcher:
-    """A thread that watches a SQLite file, and how many listeners there are for it."""
-
-    def __init__(self, path: Path) -> None:
-        self.listeners = 0
-        self.stopped = threading.Event()
-        self.thread = threading.Thread(
-            target=_watch_sqlite, args=(path, self.stopped), name="doorbell", daemon=True
-        )
-        self.thread.start()
-
-
-@contextlib.asynccontextmanager
-async def _watch(path: Path) -> AsyncIterator[None]:
-    """Have the file watched while this lasts. The last one to leave ends the watching."""
-    with _lock:
-        watcher = _watchers.get(path) or _watchers.setdefault(path, _Watcher(path))
-        watcher.listeners += 1
-    try:
-        yield
-    finally:
-        with _lock:
-            watcher.listeners -= 1
-            is_last = not watcher.listeners
-            if is_last:
-                del _watchers[path]
-        if is_last:
-            watcher.stopped.set()
-            await asyncio.to_thread(watcher.thread.join)
-
-
-def _watch_sqlite(path: Path, stopped: threading.Event) -> None:
-    while not stopped.is_set():
+def _watch_sqlite(path: Path, watcher: _Watcher) -> None:
+    while not watcher.stopped.is_set():
         try:
             with contextlib.closing(
                 sqlite3.connect(f"{path.absolute().as_uri()}?mode=ro", uri=True)
             ) as watching:
+                watcher.began.set()
                 seen = None
-                while not stopped.wait(APART_SECONDS):
+                while not watcher.stopped.wait(APART_SECONDS):
                     (version,) = watching.execute("PRAGMA data_version").fetchone()
                     if version != seen:
                         seen = version
                         _tell_this_process(())
         except sqlite3.Error as error:
             logger.warning("doorbell: cannot watch the database (%s); trying again", error)
-            stopped.wait(RECONNECT_SECONDS)
+            watcher.stopped.wait(RECONNECT_SECONDS)

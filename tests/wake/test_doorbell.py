@@ -118,9 +118,6 @@ def watching() -> int:
 
 
 async def test_one_thread_watches_for_all_listeners_of_whatever_loop() -> None:
-    if connection.vendor != "sqlite":
-        pytest.skip("PostgreSQL tells by itself")
-
     async def listen_here(heard: asyncio.Event, loop: asyncio.AbstractEventLoop) -> None:
         elsewhere = asyncio.Event()
         async with doorbell.listen(lambda _: elsewhere.set()):
