@@ -191,7 +191,8 @@ class BatchingWriter(Generic[Job, Result]):
             while True:
                 batches.get_nowait()
         batches.put(None)
-        self._tell_on_loop(given, list(given), [_unavailable() for _ in given])
+        left = list(given)
+        self._tell_on_loop(given, left, [_unavailable() for _ in left])
 
     def _tell_on_loop(
         self,

@@ -64,6 +64,7 @@ GATEWAY_VARIABLES: Final = frozenset(
         "LOG_LEVEL",
         "METRICS_PUBLIC",
         "OPENCLAW_HEARTBEATS",
+        "OPENCLAW_ONE_CORE",
         "PGPASSFILE",
         "PGPASSWORD",
         "REDIS_URL",
