@@ -29,8 +29,6 @@ from wake.session_keys import Scope, SessionKey, main_session_key
 from wake.threads import on_kept_connection
 
 MAX_AGE_SECONDS = 0.5
-# From one reading to the next where a thread keeps it fresh; the rest is for the reading itself.
-FRESHEN_SECONDS = 0.4
 # A process says again how it reaches its agents well within this time.
 REACH_COUNTS_FOR = timedelta(seconds=90)
 JOIN_SECONDS = 2.0
@@ -162,7 +160,7 @@ def keep_fresh() -> Iterator[None]:
     def serve() -> None:
         seen: int | None = None
         while not stopped.is_set():
-            if _asked.wait(FRESHEN_SECONDS):
+            if _asked.wait(MAX_AGE_SECONDS / 2):
                 _asked.clear()
                 seen = None
             try:
