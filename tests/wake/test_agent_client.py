@@ -31,15 +31,16 @@ SESSIONS = int(os.environ.get("AGENT_CLIENT_SESSIONS", "30"))
 EVENTS = 10 * SESSIONS
 
 # What happens in a session is told by a directory that can be made once only, and by a log. The
-# program of a client that was killed was killed with it; then what it left does not count.
+# program of a client that was killed was killed with it; then what it left does not count. What a
+# program does begins with its prompt, which a client that is frozen just then has not given to it.
 AGENT = """
+events=$(sed -n 's/^payload //p' | tr '\\n' ' ')
 lock="$0/lock-$OPENCLAW_SESSION_KEY"
 if ! mkdir "$lock" 2>/dev/null &&
     grep -q '^State:.[^Z]' "/proc/$(cat "$lock/pid")/status" 2>/dev/null; then
     echo "$OPENCLAW_SESSION_KEY" >> "$0/at-the-same-time"
 fi
 echo $$ > "$lock/pid"
-events=$(sed -n 's/^payload //p' | tr '\\n' ' ')
 sleep 0.1
 echo "$CLIENT $OPENCLAW_RUN_ID $OPENCLAW_SESSION_KEY $events" >> "$0/runs"
 rm -r "$lock"
