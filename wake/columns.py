@@ -94,6 +94,10 @@ def _in_hex_text(value: bytes | None) -> str | None:
 # rows in one step are a hundred times less waiting. So many rows go into one statement, or half as
 # many, a quarter, …: each number is another statement to prepare.
 ROWS_AT_ONCE: Final = 128
+# What SQLite is to do with the rows before one that does not fit: leave them, since the transaction
+# is undone. To be able to take back one statement alone it first copies every page that this
+# changes, and from 64 KiB on it writes the copies to a file.
+_OR: Final = "OR FAIL"
 
 
 def select(columns: str, rest: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
@@ -120,7 +124,10 @@ def fetch_json(statement: str, parameters: Sequence[Any]) -> list[Any]:
 
 
 def insert(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Insert rows of stored values, in their order."""
+    """Insert rows of stored values, in their order.
+
+    Only in a transaction that ends undone where this raises: some rows may be there.
+    """
     if not rows:
         return
     if not is_sqlite():
@@ -130,13 +137,16 @@ def insert(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
             [_as_json(columns, rows)],
         )
         return
-    head = f"INSERT INTO {table} ({', '.join(columns)}) VALUES "  # noqa: S608
+    head = f"INSERT {_OR} INTO {table} ({', '.join(columns)}) VALUES "  # noqa: S608
     for part in _parts(rows):
         execute(head + _row_marks(len(columns), len(part)), list(chain.from_iterable(part)))
 
 
 def update(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Set columns of rows: each is its id and then the values, as they are stored."""
+    """Set columns of rows: each is its id and then the values, as they are stored.
+
+    Only in a transaction that ends undone where this raises: some rows may be changed.
+    """
     if not rows:
         return
     if not is_sqlite():
@@ -150,7 +160,7 @@ def update(table: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) ->
     for part in _parts(rows):
         values = _row_marks(len(columns) + 1, len(part))
         execute(
-            f"UPDATE {table} SET {sets} FROM (VALUES {values}) AS v "  # noqa: S608
+            f"UPDATE {_OR} {table} SET {sets} FROM (VALUES {values}) AS v "  # noqa: S608
             f"WHERE {table}.id = v.column1",
             list(chain.from_iterable(part)),
         )

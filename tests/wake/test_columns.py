@@ -3,20 +3,23 @@ pipeline."""
 
 from __future__ import annotations
 
+import os
+import sys
 from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
+from pathlib import Path
 from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from django.db import DatabaseError, connection, transaction
+from django.db import DatabaseError, IntegrityError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from hooks.models import HookDelivery
 from wake import columns
-from wake.models import Session
+from wake.models import Session, SystemEvent
 from wake.rows import lock_sessions
 from wake.session_keys import SessionKey
 
@@ -120,6 +123,45 @@ def test_an_update_sets_what_it_says_of_the_rows_that_it_says() -> None:
     columns.update(Session._meta.db_table, ("lease_token", "lease_until", "lease_owner"), changed)
     found = Session.objects.order_by("pk").values_list("lease_token", "lease_until", "lease_owner")
     assert list(found) == [(token, now, "me")] * 2 + [(None, None, "")]
+
+
+def spilled() -> int:
+    """Return how many temporary files SQLite has open in this process."""
+    return sum("/etilqs_" in os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="open files are looked up in /proc")
+def test_many_rows_on_many_pages_go_to_no_temporary_file() -> None:
+    sessions = [Session.objects.create(agent_id="main", key=f"agent:main:{n}") for n in range(60)]
+    now = columns.moments()(datetime(2026, 1, 2, tzinfo=UTC))
+    events = {
+        "session_id": 0,
+        "text": "x" * 1500,
+        "source": "cli",
+        "external": columns.flags()(False),
+        "state": "queued",
+        "created_at": now,
+    }
+
+    def rows() -> list[list[Any]]:
+        own = [(columns.uuids()(uuid4()), session.pk) for session in sessions]
+        return [[uid, *({**events, "session_id": pk}.values())] for uid, pk in own]
+
+    with transaction.atomic():
+        columns.insert(SystemEvent._meta.db_table, ("uid", *events), rows())
+        columns.insert(SystemEvent._meta.db_table, ("uid", *events), rows())
+        keys = [(pk, "y" * 1500) for pk in SystemEvent.objects.values_list("pk", flat=True)]
+        columns.update(SystemEvent._meta.db_table, ("text",), keys)
+        assert spilled() == 0
+    assert set(SystemEvent.objects.values_list("text", flat=True)) == {"y" * 1500}
+
+
+def test_of_rows_that_one_does_not_fit_none_is_stored() -> None:
+    uids = [columns.uuids()(uid) for uid in (UUID(int=1), UUID(int=2), UUID(int=1))]
+    made = [{"uid": uid, **stored(A_DELIVERY), **ALWAYS} for uid in uids]
+    with pytest.raises(IntegrityError), transaction.atomic():
+        insert(tuple(made[0]), made)
+    assert not HookDelivery.objects.exists()
 
 
 def test_a_failure_in_a_pipeline_is_a_database_error_and_undoes_all() -> None:
