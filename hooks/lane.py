@@ -46,6 +46,7 @@ from hooks.deliveries import Accepted, Arrival, Settled
 from hooks.mapping import on_path
 from hooks.models import ENDPOINTS
 from wake.errors import WakeError
+from wake.http_protocol import WHOLE_ANSWER, WriteWhole, header_lines
 from wake.threads import call_in
 from wake.writer import BatchingWriter
 
@@ -112,7 +113,7 @@ class HookLane:
             await self._application(scope, _again(event, receive) if event else receive, send)
             return
         settled = await _stored(accepted)
-        await _send(settled.answer, send)
+        await _send(settled.answer, scope, send)
         # In the request's own task, which a server that stops waits for.
         await _do_afterwards(settled, accepted.arrival)
 
@@ -248,20 +249,20 @@ def _note_use(arrival: Arrival) -> None:
         note_use(arrival.credential, arrival.received_at)
 
 
-async def _send(answer: Answer, send: ASGISendCallable) -> None:
+async def _send(answer: Answer, scope: HTTPScope, send: ASGISendCallable) -> None:
     body = msgspec.json.encode(answer.body)
-    headers = [
-        *_standing_headers(),
-        (b"content-type", b"application/json"),
-        (b"content-length", str(len(body)).encode()),
-    ]
+    own = [(b"content-length", b"%d" % len(body))]
     if answer.retry_after_seconds is not None:
-        headers.append((b"retry-after", str(answer.retry_after_seconds).encode()))
+        own.append((b"retry-after", b"%d" % answer.retry_after_seconds))
+    if whole := (scope.get("extensions") or {}).get(WHOLE_ANSWER):
+        write = cast("WriteWhole", whole["write"])
+        if write(scope, answer.status, _standing_lines() + header_lines(own), body):
+            return
     await send(
         {
             "type": "http.response.start",
             "status": answer.status,
-            "headers": headers,
+            "headers": [*_standing_headers(), *own],
             "trailers": False,
         }
     )
@@ -269,8 +270,13 @@ async def _send(answer: Answer, send: ASGISendCallable) -> None:
 
 
 @lru_cache(maxsize=1)
+def _standing_lines() -> bytes:
+    return header_lines(_standing_headers())
+
+
+@lru_cache(maxsize=1)
 def _standing_headers() -> tuple[tuple[bytes, bytes], ...]:
-    """Return what the site's middleware puts on every answer to a hook."""
+    """Return the headers of every answer to a hook: what the site's middleware puts on it."""
 
     def answer(request: HttpRequest) -> HttpResponseBase:
         response = HttpResponse(content_type="application/json")
@@ -287,5 +293,5 @@ def _standing_headers() -> tuple[tuple[bytes, bytes], ...]:
     return tuple(
         (name.lower().encode("latin-1"), value.encode("latin-1"))
         for name, value in response.items()
-        if name.lower() not in {"content-type", "content-length"}
+        if name.lower() != "content-length"
     )

@@ -3,15 +3,34 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, Final
+from collections.abc import Iterable
+from typing import Any, Final, Protocol
 
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from asgiref.typing import Scope
+from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD_BYTES: Final = 64 * 1024
 MAX_GATHERED_BYTES: Final = 64 * 1024
 
 # A request's head must be complete so many seconds after it, or its connection, has begun.
 HEAD_SECONDS: Final = 30
+
+# The ASGI extension by which an answer is written whole: its `write` is a `WriteWhole`.
+WHOLE_ANSWER: Final = "openclaw.http.response.whole"
+
+
+class WriteWhole(Protocol):
+    """Writes a request's answer, unless it has to be sent as ASGI has it; returns whether it did.
+
+    `head` are header lines (`header_lines`), the body's length among them.
+    """
+
+    def __call__(self, scope: Scope, status: int, head: bytes, body: bytes) -> bool: ...
+
+
+def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
+    """Return headers as they are written. They are known to be free of line ends."""
+    return b"".join(b"%b: %b\r\n" % header for header in headers)
 
 
 class _Gathered:
@@ -66,6 +85,7 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._extensions = {WHOLE_ANSWER: {"write": self._write_whole}}
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         super().connection_made(transport)
@@ -108,6 +128,26 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             self.send_400_response("Only GET can be upgraded to a WebSocket.")
             return
         super().on_headers_complete()
+        self.scope["extensions"] = self._extensions
+
+    def _write_whole(self, scope: Scope, status: int, head: bytes, body: bytes) -> bool:
+        """Do what the cycle's `send` does for an answer on a connection that stays.
+
+        That takes each header apart and looks whether it may be sent, for every answer anew.
+        """
+        cycle = self.cycle
+        if cycle.scope is not scope:
+            return False  # the next request is here already
+        if cycle.disconnected or not cycle.keep_alive or cycle.flow.write_paused:
+            return False
+        if cycle.response_started or cycle.access_log:
+            return False
+        standing = header_lines(cycle.default_headers)
+        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], standing, head, body))
+        cycle.response_started = cycle.response_complete = True
+        cycle.message_event.set()
+        cycle.on_response()
+        return True
 
     def handle_websocket_upgrade(self) -> None:
         self.transport.flush()

@@ -12,11 +12,18 @@ import uvicorn
 
 
 @contextlib.asynccontextmanager
-async def serving(application: Any, http: Any = "auto") -> AsyncIterator[int]:
+async def serving(
+    application: Any, http: Any = "auto", *, access_log: bool = True
+) -> AsyncIterator[int]:
     """Serve an ASGI application, perhaps with a protocol of ours, and give its port."""
     listening = socket.create_server(("127.0.0.1", 0))
     config = uvicorn.Config(
-        application, http=http, lifespan="off", log_config=None, timeout_graceful_shutdown=1
+        application,
+        http=http,
+        lifespan="off",
+        log_config=None,
+        access_log=access_log,
+        timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)
     with contextlib.closing(listening):
