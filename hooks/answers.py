@@ -53,13 +53,15 @@ def of_receipts(decision: Decision, receipts: Sequence[Receipt]) -> Answer:
 
     A turn's receipt is its run id.
     """
-    bodies = [
-        receipt.as_json() if wake.turn is None else {"ok": True, "runId": str(receipt.event_id)}
-        for wake, receipt in zip(decision.wakes, receipts, strict=True)
-    ]
+    outcome, bodies = DeliveryOutcome.COALESCED, []
+    for wake, receipt in zip(decision.wakes, receipts, strict=True):
+        if receipt.event_outcome == "queued":
+            outcome = DeliveryOutcome.QUEUED
+        bodies.append(
+            receipt.as_json() if wake.turn is None else {"ok": True, "runId": str(receipt.event_id)}
+        )
     body = {"ok": True, "results": bodies} if decision.several else bodies[0]
-    fresh = any(receipt.event_outcome == "queued" for receipt in receipts)
-    return Answer(200, DeliveryOutcome.QUEUED if fresh else DeliveryOutcome.COALESCED, body)
+    return Answer(200, outcome, body)
 
 
 def of_replay(first: Mapping[str, Any]) -> Answer:

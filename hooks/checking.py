@@ -31,7 +31,7 @@ from hooks.models import ENDPOINTS, HookMapping
 from hooks.policy import KeyOrigin
 from hooks.samples import Sample
 from hooks.simulation import Line
-from hooks.template import EMPTY, HookRequest, Template, TemplateError, visible_headers
+from hooks.template import EMPTY, HookRequest, Template, TemplateError
 from wake.configuration import GatewayConfiguration
 from wake.dispatch import Mode
 from wake.errors import AgentError, WakeError
@@ -187,7 +187,7 @@ def _with_sample(
     now: datetime,
 ) -> tuple[Line, ...]:
     """Tell what the mapping makes of a sample."""
-    headers = visible_headers(sample.headers)
+    headers = {name.lower(): value for name, value in sample.headers.items()}
     request = HookRequest(own.path, sample.payload, now, uuid4(), headers)
     steps, end = _walk(own, request, hooks, gateway)
     lines: list[Line] = []

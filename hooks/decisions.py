@@ -184,7 +184,7 @@ def _checked(
         policy.check_prefix(hooks, wake.session_key, session.key)
     if watch:
         watch(Allowed())
-    run_id = parse_run_id(request.headers.get(RUN_HEADER))
+    run_id = parse_run_id(request.header(RUN_HEADER))
     return replace(wake, run_id=run_id) if run_id else wake
 
 

@@ -69,8 +69,9 @@ class Arrival(msgspec.Struct, frozen=True):
             payload=payload,
             now=self.received_at,
             uid=self.uid,
-            headers=visible_headers(self.headers, snapshot.signature_headers),
+            all_headers=self.headers,
             query=self.query,
+            hidden=snapshot.signature_headers,
         )
 
 

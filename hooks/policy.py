@@ -38,8 +38,10 @@ def check_prefix(hooks: HookConfiguration, written: str, canonical: str) -> None
 
     Either spelling will do: the key as written, or as canonicalized. Compared in lower case.
     """
-    spellings = (written.strip().lower(), canonical.lower())
-    if not hooks.prefixes or any(key.startswith(hooks.prefixes) for key in spellings):
+    as_written = written.strip().lower()
+    if not hooks.prefixes or as_written.startswith(hooks.prefixes):
+        return
+    if canonical.lower().startswith(hooks.prefixes):
         return
     raise PolicyRefused(
         f"session key {written.strip()[:120]!a} starts with none of the allowed session "

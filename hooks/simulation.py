@@ -30,7 +30,7 @@ from hooks.decisions import (
     require_hook,
 )
 from hooks.errors import BodyTooLarge, UnknownHook
-from hooks.template import HookRequest, visible_headers
+from hooks.template import HookRequest
 from wake.configuration import GatewayConfiguration
 from wake.dispatch import Receipt, WakeRequest, plan
 from wake.errors import WakeError
@@ -117,8 +117,9 @@ def _walk(
         payload=payload,
         now=now,
         uid=uuid4(),
-        headers=visible_headers(trial.headers, hooks.signature_headers),
+        all_headers=trial.headers,
         query=trial.query,
+        hidden=hooks.signature_headers,
     )
     teller.mappings(request, credential)
     decision = decide(request, credential, hooks, gateway, watch=teller.step)

@@ -56,17 +56,28 @@ class TemplateError(ValueError):
 class HookRequest(msgspec.Struct, frozen=True):
     """What templates, and every other decision, see of a request.
 
-    `payload` is any JSON value; `headers` are by lower-case name and without credentials (see
-    `visible_headers`); `path` is the one below the base path, without outer slashes; `uid` is the
-    request's own, and random.
+    `payload` is any JSON value; `path` is the one below the base path, without outer slashes; `uid`
+    is the request's own, and random. `all_headers` are by lower-case name; what decides sees those
+    alone that carry no credential: see `visible_headers`, and there for `hidden`.
     """
 
     path: str
     payload: Any
     now: datetime
     uid: UUID
-    headers: Mapping[str, str] = msgspec.field(default_factory=dict)
+    all_headers: Mapping[str, str] = msgspec.field(default_factory=dict)
     query: Mapping[str, str] = msgspec.field(default_factory=dict)
+    hidden: Collection[str] = frozenset()
+
+    def header(self, name: str) -> str | None:
+        """Return the header of that name in lower case, unless it carries a credential."""
+        is_hidden = carries_credential(name) or name in self.hidden
+        return None if is_hidden else self.all_headers.get(name)
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """The headers that carry no credential."""
+        return visible_headers(self.all_headers, self.hidden)
 
 
 def visible_headers(
@@ -101,7 +112,7 @@ class Expression:
         """Return the JSON value meant, or None when the request has none."""
         match self.head:
             case "headers":
-                return request.headers.get(str(self.steps[0]).lower())
+                return request.header(str(self.steps[0]).lower())
             case "query":
                 return request.query.get(str(self.steps[0]))
             case "path":

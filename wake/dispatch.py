@@ -58,7 +58,7 @@ class WakeRequest(msgspec.Struct, frozen=True):
     run_id: UUID | None = None
 
 
-class Receipt(msgspec.Struct, frozen=True):
+class Receipt(msgspec.Struct, frozen=True, rename="camel"):
     """What happened: the answer of every door.
 
     `event_id` names the event that stands for the wake: its own or, where it was coalesced with
@@ -72,13 +72,7 @@ class Receipt(msgspec.Struct, frozen=True):
 
     def as_json(self) -> dict[str, str | bool]:
         """Return the receipt as the doors write it."""
-        return {
-            "ok": True,
-            "mode": self.mode.value,
-            "eventOutcome": self.event_outcome,
-            "sessionKey": self.session_key,
-            "eventId": str(self.event_id),
-        }
+        return {"ok": True, **msgspec.to_builtins(self)}
 
 
 def dispatch(request: WakeRequest) -> Receipt:

@@ -87,7 +87,7 @@ requests = st.builds(
     payload=payloads,
     now=st.just(NOW),
     uid=st.uuids(),
-    headers=st.dictionaries(st.just("x"), st.text(max_size=3)),
+    all_headers=st.dictionaries(st.just("x"), st.text(max_size=3)),
     query=st.dictionaries(st.just("q"), st.text(max_size=3)),
 )
 

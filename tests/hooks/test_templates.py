@@ -37,7 +37,8 @@ REQUEST = HookRequest(
     payload=PAYLOAD,
     now=NOW,
     uid=UID,
-    headers={"x-event": "push"},
+    all_headers={"x-event": "push", "x-other": "o", "x-token": "t"},
+    hidden={"x-other"},
     query={"kind": "pr", "hub.mode": "subscribe", "ids[0]": "7"},
 )
 
