@@ -13,7 +13,7 @@ from rest_framework.request import Request
 
 from hooks import credentials
 from hooks.bodies import read_body
-from hooks.configuration import hooks
+from hooks.configuration import HookConfiguration, hooks
 from hooks.credentials import Credential
 from hooks.mapping import on_path
 from hooks.models import HookToken
@@ -32,11 +32,12 @@ class HookAuthentication(BaseAuthentication):
     """
 
     def authenticate(self, request: Request) -> tuple[None, Credential]:
-        path = request.parser_context["kwargs"]["path"]
+        snapshot = hooks()
         credential = credential_of(
-            path,
+            snapshot,
+            request.parser_context["kwargs"]["path"],
             lower_case_headers(request),
-            partial(read_body, request, hooks().max_body_bytes),
+            partial(read_body, request, snapshot.max_body_bytes),
             timezone.now(),
         )
         if credential is None:
@@ -48,13 +49,16 @@ class HookAuthentication(BaseAuthentication):
 
 
 def credential_of(
-    path: str, headers: Mapping[str, str], read: Callable[[], bytes], now: datetime
+    snapshot: HookConfiguration,
+    path: str,
+    headers: Mapping[str, str],
+    read: Callable[[], bytes],
+    now: datetime,
 ) -> Credential | None:
     """Return the right credential that a request at a hook's path shows, or None.
 
     `headers` are by lower-case name; `read` returns the body. Raises what `read` raises.
     """
-    snapshot = hooks()
     mappings = on_path(snapshot.mappings, path)
     return credentials.find(snapshot, path, mappings, headers, read, now)
 

@@ -52,8 +52,8 @@ def refuse_in_query(query: Iterable[str]) -> None:
 def shown_tokens(headers: Mapping[str, str]) -> Iterator[str]:
     """Yield the tokens that a request shows. `headers` are by lower-case name."""
     scheme, _, credential = headers.get("authorization", "").strip().partition(" ")
-    if scheme.lower() == "bearer" and credential.strip():
-        yield credential.strip()
+    if scheme.lower() == "bearer" and (token := credential.strip()):
+        yield token
     if token := headers.get(TOKEN_HEADER, "").strip():
         yield token
 
@@ -72,11 +72,13 @@ def find(
     signature, it is one that opens something there, if there is one. The body is asked for only
     where a signature may have to do. Raises what `read_body` raises.
     """
-    opening = [mapping for mapping in on_path if path not in ENDPOINTS]
-    right = [of_token(token) for token in usable_tokens(hooks, headers, now)]
-    for credential in right:
+    opening = on_path if path not in ENDPOINTS else ()
+    right: list[Credential] = []
+    for token in usable_tokens(hooks, headers, now):
+        credential = of_token(token)
         if credential.mappings is None or any(map(credential.opens, opening)):
             return credential
+        right.append(credential)
     signed = [mapping for mapping in opening if mapping.signature]
     by_signature = of_signature(signed, headers, read_body(), now) if signed else None
     return by_signature or next(iter(right), None)

@@ -120,18 +120,18 @@ class HookLane:
 
 def _begin(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) -> Accepted | None:
     """Return what a request asks for, or None where it is not simply accepted."""
-    now, began = datetime.now(UTC), time.monotonic()
-    if len(body) > hooks().max_body_bytes:
+    now, began, snapshot = datetime.now(UTC), time.monotonic(), hooks()
+    if len(body) > snapshot.max_body_bytes:
         return None
     if path not in ENDPOINTS and any(
-        mapping.transform for mapping in on_path(hooks().mappings, path)
+        mapping.transform for mapping in on_path(snapshot.mappings, path)
     ):
         return None  # anybody's code: it may take its time, and is to be called once
     try:
         # Decoded as Django does: what is not UTF-8 is refused.
         query = QueryDict(scope["query_string"].decode()).dict() if scope["query_string"] else {}
         refuse_in_query(query)
-        credential = credential_of(path, headers, lambda: body, now)
+        credential = credential_of(snapshot, path, headers, lambda: body, now)
         if credential is None:
             return None
         begun = deliveries.begin(

@@ -28,15 +28,15 @@ def moments() -> Callable[[datetime | None], Any]:
     return _in_utc_text if is_sqlite() else _unchanged
 
 
-@lru_cache(maxsize=256)  # one moment is written many times in a transaction
 def _in_utc_text(moment: datetime | None) -> str | None:
     if moment is None:
         return None
     utc = moment if moment.tzinfo is UTC else moment.astimezone(UTC)
-    return utc.isoformat(" ")[:_WITHOUT_OFFSET]
+    written: str = msgspec.to_builtins(utc)  # as `isoformat` does, which takes four times as long
+    return f"{written[:_DAY]} {written[_DAY + 1 : -1]}"
 
 
-_WITHOUT_OFFSET: Final = -len("+00:00")
+_DAY: Final = len("2026-01-31")
 
 
 def _unchanged(value: T) -> T:
@@ -59,7 +59,7 @@ def uuids() -> Callable[[UUID], Any]:
 
 
 def _in_hex(value: UUID) -> str:
-    return f"{value.int:032x}"
+    return value.int.to_bytes(16).hex()
 
 
 def flags() -> Callable[[bool], Any]:

@@ -85,7 +85,9 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
-        self._extensions = {WHOLE_ANSWER: {"write": self._write_whole}}
+        self._extensions: dict[str, dict[object, object]] = {
+            WHOLE_ANSWER: {"write": self._write_whole}
+        }
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         super().connection_made(transport)
