@@ -134,6 +134,24 @@ def take(arrival: Arrival) -> Settled:
     return begun
 
 
+def take_accepted(arrivals: Sequence[Arrival]) -> list[Settled | None]:
+    """Take requests together, as far as they are accepted; None stands for each that is not.
+
+    Of that nothing is stored, recorded or counted: `take` it alone to learn what it comes to.
+    """
+    begun = [_begin_accepted(arrival) for arrival in arrivals]
+    settled = iter(store([accepted for accepted in begun if accepted]))
+    return [next(settled) if accepted else None for accepted in begun]
+
+
+def _begin_accepted(arrival: Arrival) -> Accepted | None:
+    try:
+        begun = begin(arrival)
+    except Exception:  # whatever it is, who takes it alone finds it too, and answers it
+        return None
+    return begun if isinstance(begun, Accepted) else None
+
+
 # What becomes of a request that is not stored; what `dispatch` refuses, it counts itself.
 _COUNTED_AS: Final = {
     DeliveryOutcome.REFUSED: "refused",
@@ -330,8 +348,14 @@ def _unstored(accepted: Accepted) -> Settled:
     return _settled_by(StorageUnavailable("the event could not be stored now; try again"), accepted)
 
 
-def refused_by_storage(accepted: Accepted, error: WakeError) -> Settled:
-    """Return a request settled that `store` has never seen, or failed over; and count it."""
+def refused_by_storage(arrival: Arrival, error: WakeError) -> Settled | None:
+    """Return a request settled that storage has never seen, or failed over; and count it.
+
+    None when it would not have been accepted.
+    """
+    accepted = _begin_accepted(arrival)
+    if accepted is None:
+        return None
     metrics.note_wake(DOOR, "failed", len(accepted.decision.wakes))
     return _settled_by(error, accepted)
 

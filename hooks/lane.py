@@ -1,12 +1,15 @@
 """The short way of a hook that is accepted: on the event loop, to the batching writer.
 
-It asks what the view asks, in the same order: the query, the credential, the decision; all of it is
-held in memory. What is accepted waits for a commit that it shares with others. Whatever else a
-request comes to, Django's handler and the view take it from the start, on a thread, where one may
-wait for the database. So this way knows no answer of its own but the receipt, and "too busy".
+It asks what the view asks, in the same order: the query and the credential here, the decision on
+the writer's thread; all of it is held in memory. What is accepted shares a commit with others.
+Whatever else a request comes to, Django's handler and the view take it from the start, on a thread,
+where one may wait for the database. So this way knows no answer of its own but the receipt, and
+"too busy".
 
-It goes past REST framework as well: a request object, a response object and what is asked of them
-take longer than all that is decided here.
+Those who share a commit are decided one right after the other: each on its own, between what the
+event loop does for the next one, takes twice as long, because a processor keeps only so much code
+at hand. It goes past REST framework as well: a request object, a response object and what is asked
+of them take longer than all that is decided.
 """
 
 from __future__ import annotations
@@ -42,7 +45,7 @@ from hooks.answers import Answer
 from hooks.authentication import credential_of, is_use_noted, note_use
 from hooks.configuration import hooks
 from hooks.credentials import refuse_in_query
-from hooks.deliveries import Accepted, Arrival, Settled
+from hooks.deliveries import Arrival, Settled
 from hooks.mapping import on_path
 from hooks.models import ENDPOINTS
 from wake.errors import WakeError
@@ -53,7 +56,7 @@ from wake.writer import BatchingWriter
 # It is kept which Hosts are known. A longer one is not, and takes no room there.
 MAX_HOST_LENGTH: Final = 512
 
-writer: Final[BatchingWriter[Accepted, Settled]] = BatchingWriter(deliveries.store)
+writer: Final[BatchingWriter[Arrival, Settled | None]] = BatchingWriter(deliveries.take_accepted)
 
 # A body that is not there whole by then goes the other way, which knows how long to wait.
 SOON_SECONDS: Final = 0.05
@@ -106,20 +109,21 @@ class HookLane:
             await self._application(scope, receive, send)
             return
         event = await _read(receive)
-        accepted = None
+        arrival = settled = None
         if event and event["type"] == "http.request" and not event.get("more_body", False):
-            accepted = _begin(scope, path, headers, event.get("body", b""))
-        if accepted is None:
+            arrival = _arrival(scope, path, headers, event.get("body", b""))
+        if arrival:
+            settled = await _settled(arrival)
+        if arrival is None or settled is None:
             await self._application(scope, _again(event, receive) if event else receive, send)
             return
-        settled = await _stored(accepted)
         await _send(settled.answer, scope, send)
         # In the request's own task, which a server that stops waits for.
-        await _do_afterwards(settled, accepted.arrival)
+        await _do_afterwards(settled, arrival)
 
 
-def _begin(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) -> Accepted | None:
-    """Return what a request asks for, or None where it is not simply accepted."""
+def _arrival(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) -> Arrival | None:
+    """Return a request whose credential is right, or None where the other way is to take it."""
     now, began, snapshot = datetime.now(UTC), time.monotonic(), hooks()
     if len(body) > snapshot.max_body_bytes:
         return None
@@ -134,21 +138,18 @@ def _begin(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) ->
         credential = credential_of(snapshot, path, headers, lambda: body, now)
         if credential is None:
             return None
-        begun = deliveries.begin(
-            Arrival(
-                path=path,
-                body=body,
-                headers=headers,
-                query=query,
-                credential=credential,
-                client=throttling.client_of({"REMOTE_ADDR": (scope["client"] or ("",))[0]}),
-                received_at=now,
-                began=began,
-            )
-        )
     except Exception:  # whatever it is, the view finds it too, and answers it
         return None
-    return begun if isinstance(begun, Accepted) else None
+    return Arrival(
+        path=path,
+        body=body,
+        headers=headers,
+        query=query,
+        credential=credential,
+        client=throttling.client_of({"REMOTE_ADDR": (scope["client"] or ("",))[0]}),
+        received_at=now,
+        began=began,
+    )
 
 
 def _hook_path(scope: HTTPScope) -> str | None:
@@ -209,12 +210,15 @@ def _again(event: ASGIReceiveEvent, receive: ASGIReceiveCallable) -> ASGIReceive
     return receive_again
 
 
-async def _stored(accepted: Accepted) -> Settled:
-    """Return a request settled: once it is stored, or with why it cannot be."""
+async def _settled(arrival: Arrival) -> Settled | None:
+    """Return a request settled: once it is stored, or with why it cannot be.
+
+    None when it is not accepted.
+    """
     try:
-        return await writer.put(accepted)
+        return await writer.put(arrival)
     except WakeError as error:
-        return deliveries.refused_by_storage(accepted, error)
+        return deliveries.refused_by_storage(arrival, error)
 
 
 _under_way = 0

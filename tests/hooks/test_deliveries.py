@@ -132,16 +132,14 @@ def test_recording_costs_the_sender_no_commit(send: Send) -> None:
     with CaptureQueriesContext(connection) as queries:
         send(body={"text": "x"}, headers={"Idempotency-Key": "k"})
     statements = [query["sql"] for query in queries]
-    recorded = next(
-        n for n, sql in enumerate(statements) if "INSERT INTO hooks_hookdelivery" in sql
-    )
+    recorded = next(n for n, sql in enumerate(statements) if "INTO hooks_hookdelivery" in sql)
     commits = [n for n, sql in enumerate(statements) if sql == "COMMIT"]
     assert commits[0] > recorded
     assert len(commits) == 1
 
 
 def _without_records(execute: Any, sql: str, *arguments: Any) -> Any:
-    if "INSERT INTO hooks_hookdelivery" in sql:
+    if "INTO hooks_hookdelivery" in sql:
         raise OperationalError("disk full")
     return execute(sql, *arguments)
 

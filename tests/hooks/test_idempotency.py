@@ -109,7 +109,7 @@ def test_what_was_refused_or_could_not_be_stored_may_come_again(send: Send) -> N
     GatewaySettings.objects.update(max_queued_events=10)
 
     def fail(execute: Any, sql: str, *arguments: Any) -> Any:
-        if "INSERT INTO hooks_hookdelivery" in sql:
+        if "INTO hooks_hookdelivery" in sql:
             raise OperationalError("disk full")
         return execute(sql, *arguments)
 

@@ -21,11 +21,11 @@ import pytest
 from asgiref.typing import ASGIReceiveCallable, ASGISendCallable, Scope
 from django.core.asgi import get_asgi_application
 from django.db import connection
-from django.db.models import Sum
+from django.db.models import Count, Sum
 
 from hooks import authentication, deliveries, lane, tokens
 from hooks.bodies import BodyLimit
-from hooks.deliveries import Accepted, Settled
+from hooks.deliveries import Accepted, Arrival, Settled
 from hooks.lane import HookLane
 from hooks.models import FailedCredentials, HookDelivery, HookMapping, HookToken, IdempotencyKey
 from hooks.transforms import register
@@ -366,10 +366,10 @@ def holding(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[threading.Event, 
     is_open = threading.Event()
     sizes: list[int] = []
 
-    def write(batch: Sequence[Accepted]) -> list[Settled]:
+    def write(batch: Sequence[Arrival]) -> list[Settled | None]:
         sizes.append(len(batch))
         assert is_open.wait(10)
-        return deliveries.store(batch)
+        return deliveries.take_accepted(batch)
 
     monkeypatch.setattr(lane.writer, "_write", write)
     with lane.running():
@@ -430,6 +430,34 @@ def test_a_batch_keeps_its_order_whatever_is_in_it(
     assert HookDelivery.objects.count() == 8
 
 
+def test_what_is_refused_in_a_batch_keeps_nobody_else_and_is_recorded_once(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answers = ask_at_once(
+        site,
+        [
+            Request({"text": "a"}),
+            Request({"text": ""}),
+            Request({}, "/hooks/nowhere"),
+            Request({"text": "b"}),
+            Request({"text": "c", "agentId": "nobody"}),
+        ],
+        monkeypatch,
+    )
+    assert [status for status, _, _ in answers] == [200, 400, 404, 200, 400]
+    texts = SystemEvent.objects.order_by("pk").values_list("text", flat=True)
+    assert list(texts) == ["first", "a", "b"]
+
+    def counted() -> dict[int, int]:
+        statuses = HookDelivery.objects.values_list("status").annotate(Count("pk"))
+        return dict(statuses.order_by())
+
+    until(lambda: counted() == {200: 3, 400: 2, 404: 1})
+    metrics.write_noted()
+    tallies = Tally.objects.filter(name="wakes").values_list("labels").annotate(Sum("value"))
+    assert dict(tallies) == {"door=hook,outcome=queued": 3, "door=hook,outcome=refused": 3}
+
+
 def test_of_a_batch_only_those_fail_whose_session_is_full(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -452,7 +480,8 @@ def test_a_mapping_that_is_deleted_meanwhile_fails_nobody_else(
     store = deliveries.store
 
     def delete_and_store(batch: Sequence[Accepted]) -> list[Settled]:
-        HookMapping.objects.filter(name="ci").delete()
+        if len(batch) > 1:  # those are decided already
+            HookMapping.objects.filter(name="ci").delete()
         return store(batch)
 
     monkeypatch.setattr(deliveries, "store", delete_and_store)

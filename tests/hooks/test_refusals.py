@@ -208,7 +208,7 @@ def test_400_for_more_parameters_than_a_url_may_have(send: Send) -> None:
 
 def test_503_when_the_database_cannot_store(send: Send) -> None:
     def fail(execute: Any, sql: str, *arguments: Any) -> Any:
-        if "INSERT INTO wake_systemevent" in sql:
+        if "INTO wake_systemevent" in sql:
             raise OperationalError("disk full at /secret/place")
         return execute(sql, *arguments)
 
