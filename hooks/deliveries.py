@@ -92,7 +92,7 @@ class Draft(msgspec.Struct):
     status: int = 0
     outcome: DeliveryOutcome = DeliveryOutcome.FAILED
     error: str = ""
-    answer: dict[str, Any] | None = None
+    answer: Mapping[str, Any] | None = None
     has_body: bool = False
     body: bytes | None = None
     headers: dict[str, str] = msgspec.field(default_factory=dict)
@@ -388,7 +388,7 @@ def _complete(draft: Draft, answer: Answer, arrival: Arrival, snapshot: HookConf
     draft.outcome = answer.outcome
     error = answer.error
     draft.error = _storable(error) if error else ""
-    draft.answer = None if error or answer.body is None else dict(answer.body)
+    draft.answer = None if error else answer.body
     kept = snapshot.keep_bodies == KeepBodies.ALWAYS or (
         snapshot.keep_bodies == KeepBodies.FAILURES and answer.outcome in _FAILURES
     )

@@ -83,12 +83,13 @@ def _headers(scope: HTTPScope) -> dict[str, str]:
     Values of one that comes twice are joined. One with an underscore is none: it could pass for
     another.
     """
-    pairs = [(name.decode("latin-1"), value.decode("latin-1")) for name, value in scope["headers"]]
-    headers = dict(pairs)
-    if len(headers) == len(pairs) and "_" not in "".join(headers):
+    sent = list(scope["headers"])
+    headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in sent}
+    if len(headers) == len(sent) and "_" not in "".join(headers):
         return headers  # as most are
     headers = {}
-    for name, value in pairs:
+    for raw_name, raw_value in sent:
+        name, value = raw_name.decode("latin-1"), raw_value.decode("latin-1")
         if "_" not in name:
             headers[name] = f"{headers[name]},{value}" if name in headers else value
     return headers
@@ -132,9 +133,11 @@ def _arrival(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) 
     ):
         return None  # anybody's code: it may take its time, and is to be called once
     try:
-        # Decoded as Django does: what is not UTF-8 is refused.
-        query = QueryDict(scope["query_string"].decode()).dict() if scope["query_string"] else {}
-        refuse_in_query(query)
+        query: dict[str, str] = {}
+        if scope["query_string"]:
+            # Decoded as Django does: what is not UTF-8 is refused.
+            query = QueryDict(scope["query_string"].decode()).dict()
+            refuse_in_query(query)
         credential = credential_of(snapshot, path, headers, lambda: body, now)
         if credential is None:
             return None

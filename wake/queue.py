@@ -271,7 +271,7 @@ def _store_turns(turns: Sequence[tuple[UUID, Entry]]) -> None:
 
 def _locked_sessions(keys: Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
     """Return the sessions, made where they are missing, locked until the transaction ends."""
-    found = {SessionKey(row.agent_id, row.key): row for row in rows.lock_sessions(keys)}
+    found = rows.lock_sessions(keys)
     missing = sorted(keys - found.keys())
     if missing:
         # Another process may make the same session at this moment; then its row is used.
@@ -279,7 +279,7 @@ def _locked_sessions(keys: Collection[SessionKey]) -> dict[SessionKey, SessionRo
             [Session(agent_id=agent_id, key=key) for agent_id, key in missing],
             ignore_conflicts=True,
         )
-        found = {SessionKey(row.agent_id, row.key): row for row in rows.lock_sessions(keys)}
+        found = rows.lock_sessions(keys)
     return found
 
 

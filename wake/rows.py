@@ -156,19 +156,22 @@ class QueuedEvent(msgspec.Struct, frozen=True):
 # --- Sessions -----------------------------------------------------------------------------------
 
 
-def lock_sessions(keys: Collection[SessionKey]) -> list[SessionRow]:
-    """Return the sessions that exist, locked until the transaction ends.
+def lock_sessions(keys: Collection[SessionKey]) -> dict[SessionKey, SessionRow]:
+    """Return the sessions that exist, by key, locked until the transaction ends.
 
     In the order of their ids where rows are locked, so that two batches never wait for each other
     in a circle. Elsewhere the order would have SQLite read every session of the agent.
     """
     order = " ORDER BY id" if not columns.is_sqlite() else ""
-    found: list[SessionRow] = []
+    found: dict[SessionKey, SessionRow] = {}
     for part in _parts(sorted(keys)):
         of_agents, agents = columns.any_of("agent_id", sorted({key.agent_id for key in part}))
         named, names = columns.any_of("key", [key.key for key in part])
-        found += _sessions(f"{of_agents} AND {named}{order}", [*agents, *names])
-    return [row for row in found if SessionKey(row.agent_id, row.key) in keys]
+        for row in _sessions(f"{of_agents} AND {named}{order}", [*agents, *names]):
+            # Two agents may have sessions with the same key, of which only one is wanted.
+            if (key := SessionKey(row.agent_id, row.key)) in keys:
+                found[key] = row
+    return found
 
 
 def lock(session_ids: Collection[int]) -> None:
