@@ -280,7 +280,7 @@ def _store_together(batch: Sequence[Accepted]) -> list[Settled]:
     """
     results: list[Receipt | WakeError] = []
     try:
-        with transaction.atomic(), columns.pipelined():
+        with columns.pipelined_transaction():
             results = dispatch_batch([accepted.decision.wakes[0] for accepted in batch])
             answered = [
                 answers.of_error(result)
@@ -322,7 +322,7 @@ def _store_alone(accepted: Accepted) -> Settled:
     arrival, digest, draft = accepted.arrival, accepted.digest, accepted.draft
     replayed = metrics.Counts()
     try:
-        with transaction.atomic(), columns.pipelined():
+        with columns.pipelined_transaction():
             first = idempotency.claim(digest, arrival.received_at) if digest else None
             if first is not None:
                 answer = answers.of_replay(first)

@@ -12,7 +12,7 @@ from typing import Any, Final, TypeVar
 from uuid import UUID
 
 import msgspec
-from django.db import DEFAULT_DB_ALIAS, connection, connections
+from django.db import DEFAULT_DB_ALIAS, connection, connections, transaction
 
 T = TypeVar("T")
 
@@ -287,20 +287,25 @@ _PIPELINE_OFF: Final = 0  # libpq's own number
 
 
 @contextmanager
-def pipelined() -> Iterator[None]:
-    """Let statements within a transaction go to the server together, where nobody reads a result.
+def pipelined_transaction() -> Iterator[None]:
+    """A transaction whose statements go to the server together, where nobody reads a result.
 
-    So they wait for its answer once, here or where a result is read, and there they fail. They are
-    prepared, and each finds its rows by an index: the server is not to read a table whole because
-    that was small when the plan was made. (Elsewhere it makes a plan each time.)
+    So they wait for its answer once, here or where a result is read, and there they fail; COMMIT
+    goes with the last ones. They are prepared, and each finds its rows by an index: the server is
+    not to read a table whole because that was small when the plan was made. (Elsewhere it makes a
+    plan each time.) Within another transaction it is a part of that.
     """
-    database = _database()
-    if is_sqlite() or not _is_used_directly(database):
-        yield
-        return
-    with database.wrap_database_errors, database.connection.pipeline():
-        execute("SET LOCAL enable_seqscan = off", [])
-        yield
+    with transaction.atomic():
+        database = _database()
+        if is_sqlite() or not _is_used_directly(database):
+            yield
+            return
+        is_outermost = len(database.atomic_blocks) == 1
+        with database.wrap_database_errors, database.connection.pipeline():
+            execute("SET LOCAL enable_seqscan = off", [])
+            yield
+            if is_outermost:
+                execute("COMMIT", [])  # Django's own finds nothing left to do
 
 
 def _database() -> Any:

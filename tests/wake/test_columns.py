@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 import sys
-from contextlib import nullcontext
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -93,12 +92,8 @@ def test_a_model_reads_what_was_inserted(is_pipelined: bool, rows: list[dict[str
         for uid, row in zip(uids, rows, strict=True)
     ]
     names = tuple(made[0])
-    with transaction.atomic():
-        if is_pipelined:
-            with columns.pipelined():
-                insert(names, made)
-        else:
-            insert(names, made)
+    with columns.pipelined_transaction() if is_pipelined else transaction.atomic():
+        insert(names, made)
     found = {delivery.uid: delivery for delivery in HookDelivery.objects.filter(uid__in=uids)}
     for uid, row in zip(uids, rows, strict=True):
         delivery = found[uid]
@@ -164,20 +159,56 @@ def test_of_rows_that_one_does_not_fit_none_is_stored() -> None:
     assert not HookDelivery.objects.exists()
 
 
-def test_a_failure_in_a_pipeline_is_a_database_error_and_undoes_all() -> None:
+@pytest.mark.parametrize("is_read", [False, True])
+def test_a_failure_in_a_pipeline_is_a_database_error_and_undoes_all(is_read: bool) -> None:
     row = {"uid": columns.uuids()(uuid4()), **ALWAYS}  # columns are missing that may not be null
 
     def store() -> None:
-        with transaction.atomic():
+        with columns.pipelined_transaction():
             Session.objects.create(agent_id="main", key="agent:main:a")
-            with columns.pipelined():
-                insert(tuple(row), [row])
+            insert(tuple(row), [row])
+            if is_read:
                 lock_sessions([SessionKey("main", "agent:main:a")])
 
     with pytest.raises(DatabaseError):
         store()
     assert not Session.objects.exists()
     assert not HookDelivery.objects.exists()
+    assert not connection.in_atomic_block
+    Session.objects.create(agent_id="main", key="agent:main:a")  # the connection is as good as new
+
+
+def test_what_a_commit_refuses_is_undone() -> None:
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS, "mapping_id": 999}
+
+    def store() -> None:
+        with columns.pipelined_transaction():
+            insert(tuple(row), [row])
+
+    connection.ensure_connection()
+    with pytest.raises(IntegrityError):
+        store()
+    assert not HookDelivery.objects.exists()
+
+
+def test_a_pipelined_transaction_within_another_ends_with_that() -> None:
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
+
+    def store(error: Exception | None) -> None:
+        with transaction.atomic():
+            with columns.pipelined_transaction():
+                insert(tuple(row), [row])
+            Session.objects.create(agent_id="main", key="agent:main:a")
+            assert HookDelivery.objects.count() == 1
+            if error:
+                raise error
+
+    connection.ensure_connection()
+    with pytest.raises(RuntimeError):
+        store(RuntimeError())
+    assert not HookDelivery.objects.exists()
+    store(None)
+    assert (HookDelivery.objects.count(), Session.objects.count()) == (1, 1)
 
 
 def write_as_one(session: Session, names: tuple[str, ...], row: dict[str, Any]) -> None:
@@ -193,7 +224,7 @@ def test_what_goes_as_one_is_all_done(is_pipelined: bool) -> None:
     session = Session.objects.create(agent_id="main", key="agent:main:a")
     Session.objects.create(agent_id="main", key="agent:main:gone")
     row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
-    with transaction.atomic(), columns.pipelined() if is_pipelined else nullcontext():
+    with columns.pipelined_transaction() if is_pipelined else transaction.atomic():
         write_as_one(session, tuple(row), row)
     assert list(Session.objects.values_list("pk", "own_runs")) == [(session.pk, 7)]
     assert HookDelivery.objects.count() == 1
@@ -233,7 +264,7 @@ def test_what_is_prepared_reads_no_table_whole() -> None:
     keys = [SessionKey("main", f"agent:main:{n}") for n in range(3)]
     for _ in range(10):
         lock_sessions(keys[:1])
-        with transaction.atomic(), columns.pipelined():
+        with columns.pipelined_transaction():
             lock_sessions(keys)
     with connection.cursor() as cursor:
         cursor.execute("SELECT name, statement FROM pg_prepared_statements")
