@@ -280,7 +280,7 @@ def _store_together(batch: Sequence[Accepted]) -> list[Settled]:
     """
     results: list[Receipt | WakeError] = []
     try:
-        with columns.pipelined_transaction():
+        with columns.pipelined_transaction(), columns.as_one():
             results = dispatch_batch([accepted.decision.wakes[0] for accepted in batch])
             answered = [
                 answers.of_error(result)

@@ -248,20 +248,28 @@ def as_one() -> Iterator[None]:
     """Let what is executed within go to PostgreSQL as one statement, at the end.
 
     To send one, take it apart and answer it costs there as much as what most of them do. They take
-    place in no order, and none sees what another writes: no two are about the same rows, and
-    nothing is read meanwhile. At most one is a SELECT.
+    place in no order, and none sees what another writes: no two are about the same rows. Whoever
+    reads what they wrote calls `send_gathered` first. At most one is a SELECT. Within another one
+    it is a part of that.
     """
-    if is_sqlite():
+    if is_sqlite() or getattr(_gathering, "statements", None) is not None:
         yield
         return
-    gathered: list[tuple[str, Sequence[Any]]] = []
-    _gathering.statements = gathered
+    _gathering.statements = []
     try:
         yield
+        send_gathered()
     finally:
         _gathering.statements = None
+
+
+def send_gathered() -> None:
+    """Send what has been gathered within `as_one` up to now."""
+    gathered = getattr(_gathering, "statements", None)
     if gathered:
+        _gathering.statements = None
         execute(_joined(tuple(statement for statement, _ in gathered)), _in_order(gathered))
+        _gathering.statements = []
 
 
 def _is_select(statement: str) -> bool:

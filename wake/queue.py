@@ -252,6 +252,7 @@ def enqueue(
 def _store_turns(turns: Sequence[tuple[UUID, Entry]]) -> None:
     if not turns:
         return
+    columns.send_gathered()
     stored = SystemEvent.objects.filter(uid__in=[uid for uid, _ in turns])
     pks = dict(stored.values_list("uid", "pk"))
     AgentTurn.objects.bulk_create(

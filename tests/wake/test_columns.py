@@ -238,6 +238,29 @@ def test_what_goes_as_one_is_one_statement_to_postgresql() -> None:
     assert len(captured) == (1 if connection.vendor == "postgresql" else 4)
 
 
+def test_what_goes_as_one_within_another_goes_with_that() -> None:
+    session = Session.objects.create(agent_id="main", key="agent:main:a")
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
+    with CaptureQueriesContext(connection) as captured, columns.as_one():
+        columns.update(Session._meta.db_table, ("queued",), [(session.pk, 0)])
+        write_as_one(session, tuple(row), row)
+    assert len(captured) == (1 if connection.vendor == "postgresql" else 5)
+    session.refresh_from_db()
+    assert session.own_runs == 7
+
+
+def test_what_is_gathered_can_be_sent_to_be_read() -> None:
+    session = Session.objects.create(agent_id="main", key="agent:main:a")
+    with transaction.atomic(), columns.as_one():
+        columns.update(Session._meta.db_table, ("own_runs",), [(session.pk, 7)])
+        columns.send_gathered()
+        session.refresh_from_db()
+        assert session.own_runs == 7
+        columns.update(Session._meta.db_table, ("own_runs",), [(session.pk, 8)])
+    session.refresh_from_db()
+    assert session.own_runs == 8
+
+
 def test_one_failure_of_what_goes_as_one_undoes_all_of_it() -> None:
     session = Session.objects.create(agent_id="main", key="agent:main:a")
     row = {"uid": columns.uuids()(uuid4()), **ALWAYS}  # columns are missing that may not be null
