@@ -31,9 +31,9 @@ CSRF_TRUSTED_ORIGINS: list[str] = env.list("CSRF_TRUSTED_ORIGINS", default=[])
 TRUSTED_PROXIES: list[str] = env.list("TRUSTED_PROXIES", default=[])
 
 OPENCLAW_GATEWAY_TOKEN: str = env.str("OPENCLAW_GATEWAY_TOKEN", default="")
+OPENCLAW_HOOKS_TOKEN: str = env.str("OPENCLAW_HOOKS_TOKEN", default="")
 # None leaves it to `manage.py gateway`.
 OPENCLAW_ONE_CORE: bool | None = env.bool("OPENCLAW_ONE_CORE", default=None)
-OPENCLAW_HOOKS_TOKEN: str = env.str("OPENCLAW_HOOKS_TOKEN", default="")
 
 # Modules to import for the transforms that they register; see hooks/transforms.py.
 HOOK_TRANSFORMS: list[str] = env.list("HOOK_TRANSFORMS", default=[])

@@ -63,9 +63,9 @@ class BatchingWriter(Generic[Job, Result]):
         self._most_at_once = most_at_once
         self._most_waiting = most_waiting
         self._batches: SimpleQueue[_Batch[Job, Result] | None] = SimpleQueue()
-        # What is not handed over yet, and what the thread has been given and has not told of.
+        # What is not handed over yet, and who waits for what the thread has been given.
         self._gathered: list[_Waiting[Job, Result]] = []
-        self._given: list[_Waiting[Job, Result]] = []
+        self._under_way: set[asyncio.Future[Result]] = set()
         self._answered_last = 0  # how many were told together, last
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_running = False
@@ -80,7 +80,7 @@ class BatchingWriter(Generic[Job, Result]):
     @property
     def waiting(self) -> int:
         """How many jobs are not stored yet."""
-        return len(self._gathered) + len(self._given)
+        return len(self._gathered) + len(self._under_way)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -89,11 +89,8 @@ class BatchingWriter(Generic[Job, Result]):
         What is not stored 10 s after the end is given up: who waits is told so.
         """
         batches = self._batches = SimpleQueue()
-        given = self._given = []
-        self._gathered, self._answered_last = [], 0
-        thread = threading.Thread(
-            target=self._serve, args=(batches, given), name="writer", daemon=True
-        )
+        self._gathered, self._under_way, self._answered_last = [], set(), 0
+        thread = threading.Thread(target=self._serve, args=(batches,), name="writer", daemon=True)
         thread.start()
         self._is_running = True
         try:
@@ -106,7 +103,7 @@ class BatchingWriter(Generic[Job, Result]):
                 batches.put(None)
             thread.join(JOIN_SECONDS)
             if thread.is_alive():
-                self._give_up(batches, given)
+                self._give_up(batches)
 
     async def put(self, job: Job) -> Result:
         """Return the job's result once it is committed. Who leaves meanwhile has it stored too.
@@ -124,7 +121,7 @@ class BatchingWriter(Generic[Job, Result]):
             self._loop = loop
             self._gathered.append((job, done))
             is_first = len(self._gathered) == 1
-        if is_first and not self._given:
+        if is_first and not self._under_way:
             loop.call_soon(self._hand_over, 0, 0)
         return await done
 
@@ -154,67 +151,53 @@ class BatchingWriter(Generic[Job, Result]):
         """Return what has gathered first, as many as are stored at once; the rest stays."""
         taken = self._gathered[: self._most_at_once]
         del self._gathered[: self._most_at_once]
-        self._given += taken
+        self._under_way.update(done for _, done in taken)
         return taken
 
-    def _serve(
-        self,
-        batches: SimpleQueue[_Batch[Job, Result] | None],
-        given: list[_Waiting[Job, Result]],
-    ) -> None:
+    def _serve(self, batches: SimpleQueue[_Batch[Job, Result] | None]) -> None:
         while (handed := batches.get()) is not None:
             batch, written = handed
-            self._tell_on_loop(given, batch, self._stored(batch))
+            self._tell_on_loop([done for _, done in batch], self._stored([job for job, _ in batch]))
             if written:
                 written.release()
         connections.close_all()
 
-    def _stored(self, batch: list[_Waiting[Job, Result]]) -> Sequence[Result | WakeError]:
+    def _stored(self, jobs: Sequence[Job]) -> Sequence[Result | WakeError]:
         try:
-            results = on_kept_connection(self._write, [job for job, _ in batch])
-            if len(results) != len(batch):
-                raise RuntimeError(f"{len(results)} results for {len(batch)} jobs")
+            results = on_kept_connection(self._write, jobs)
+            if len(results) != len(jobs):
+                raise RuntimeError(f"{len(results)} results for {len(jobs)} jobs")
             return results
         except BaseException as error:  # whatever it is, the thread lives on: others wait for it
             if not isinstance(error, WakeError):
-                logger.exception("writer: a batch of %d failed", len(batch))
-            return [_unavailable() for _ in batch]
+                logger.exception("writer: a batch of %d failed", len(jobs))
+            return [_unavailable() for _ in jobs]
 
-    def _give_up(
-        self,
-        batches: SimpleQueue[_Batch[Job, Result] | None],
-        given: list[_Waiting[Job, Result]],
-    ) -> None:
+    def _give_up(self, batches: SimpleQueue[_Batch[Job, Result] | None]) -> None:
         """Tell all who wait that their jobs are not stored; the batch under way may be, yet."""
         logger.error("writer: the database did not take everything in time")
         with contextlib.suppress(Empty):
             while True:
                 batches.get_nowait()
         batches.put(None)
-        left = list(given)
-        self._tell_on_loop(given, left, [_unavailable() for _ in left])
+        left = list(self._under_way)
+        self._tell_on_loop(left, [_unavailable() for _ in left])
 
     def _tell_on_loop(
-        self,
-        given: list[_Waiting[Job, Result]],
-        batch: Sequence[_Waiting[Job, Result]],
-        results: Sequence[Result | WakeError],
+        self, waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | WakeError]
     ) -> None:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is gone, and who waited with it
-                self._loop.call_soon_threadsafe(self._tell, given, batch, results)
+                self._loop.call_soon_threadsafe(self._tell, waiting, results)
 
     def _tell(
-        self,
-        given: list[_Waiting[Job, Result]],
-        batch: Sequence[_Waiting[Job, Result]],
-        results: Sequence[Result | WakeError],
+        self, waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | WakeError]
     ) -> None:
-        del given[: len(batch)]
-        self._answered_last = len(batch)
+        self._under_way.difference_update(waiting)
+        self._answered_last = len(waiting)
         if self._gathered:
             asyncio.get_running_loop().call_soon(self._hand_over, 0, 0)
-        for (_, done), result in zip(batch, results, strict=True):
+        for done, result in zip(waiting, results, strict=True):
             if done.done():  # whoever waited has left
                 continue
             if isinstance(result, WakeError):
