@@ -458,6 +458,19 @@ def test_what_is_refused_in_a_batch_keeps_nobody_else_and_is_recorded_once(
     assert dict(tallies) == {"door=hook,outcome=queued": 3, "door=hook,outcome=refused": 3}
 
 
+def test_who_has_no_right_credential_does_not_wait_for_the_database(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with holding(monkeypatch) as (is_open, sizes), ThreadPoolExecutor(1) as pool:
+        first = pool.submit(site.ask, Request({"text": "first"}))
+        until(lambda: sizes)
+        stranger = Request({"text": "x"}, lines=["X-OpenClaw-Token: another"])
+        assert site.ask(stranger)[0] == 401
+        assert lane.writer.waiting == 1
+        is_open.set()
+        assert first.result()[0] == 200
+
+
 def test_of_a_batch_only_those_fail_whose_session_is_full(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
