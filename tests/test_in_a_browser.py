@@ -53,6 +53,7 @@ def test_a_dead_letter_is_found_and_requeued_once_its_agent_is_well(
 
     inbox = tmp_path / "inbox.txt"
     live_gateway.manage("agents", "set", "main", "--", "/bin/sh", "-c", 'cat >> "$0"', str(inbox))
+    page.wait_for_timeout(1000)  # by then the gateway knows of it
     page.get_by_role("button", name="Requeue dead letters").click()
     expect(page.get_by_text("1 dead letter requeued.")).to_be_visible()
     for _ in range(100):
