@@ -34,7 +34,7 @@ HELP = "kill the gateway again and again, and count what was lost"
 
 # One file for each run, under its name only when it is whole; `sleep` makes runs long enough for
 # a kill to hit them.
-AGENT = 'file=$0/$OPENCLAW_RUN_ID; cat > "$file.part"; sleep 0.05; mv "$file.part" "$file"'
+AGENT = 'file=$0/$OPENCLAW_RUN_ID; cat > "$file.part"; sleep 0.1; mv "$file.part" "$file"'
 ALLOW_KEYS = (
     "from hooks.models import *; p = HookPolicy.ensure(); p.allow_request_session_key = True; "
     "p.save(); AllowedSessionPrefix.objects.get_or_create(prefix='hook:')"
@@ -109,7 +109,8 @@ def play(directory: Path, *, events: int, sessions: int, kills: int, lease: floa
         for number in range(1, kills + 1):
             # Each kill waits for its share of the events, so that all of them hit the traffic.
             _wait(lambda number=number: _acknowledged(count) >= events * number / (kills + 1))  # type: ignore[misc]
-            time.sleep(random.uniform(0, 0.2))
+            _wait(lambda: any(inbox.glob("*.part")), 1)  # while a run is under way
+            time.sleep(random.uniform(0, 0.05))
             gateway.kill()
             count.kills += 1
             gateway.start(port=gateway.port)
