@@ -312,7 +312,7 @@ def pipelined_transaction() -> Iterator[None]:
         with database.wrap_database_errors, database.connection.pipeline():
             execute("SET LOCAL enable_seqscan = off", [])
             yield
-            if is_outermost:
+            if is_outermost and not database.needs_rollback:
                 execute("COMMIT", [])  # Django's own finds nothing left to do
 
 

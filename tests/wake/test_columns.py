@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
@@ -176,6 +177,16 @@ def test_a_failure_in_a_pipeline_is_a_database_error_and_undoes_all(is_read: boo
     assert not HookDelivery.objects.exists()
     assert not connection.in_atomic_block
     Session.objects.create(agent_id="main", key="agent:main:a")  # the connection is as good as new
+
+
+def test_a_transaction_that_is_to_be_undone_is_not_committed_in_a_pipeline() -> None:
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
+    connection.ensure_connection()
+    outer, inner = columns.pipelined_transaction(), transaction.atomic(savepoint=False)
+    with outer, suppress(RuntimeError), inner:
+        insert(tuple(row), [row])
+        raise RuntimeError
+    assert not HookDelivery.objects.exists()
 
 
 def test_what_a_commit_refuses_is_undone() -> None:
