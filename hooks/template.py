@@ -71,8 +71,7 @@ class HookRequest(msgspec.Struct, frozen=True):
 
     def header(self, name: str) -> str | None:
         """Return the header of that name in lower case, unless it carries a credential."""
-        is_hidden = carries_credential(name) or name in self.hidden
-        return None if is_hidden else self.all_headers.get(name)
+        return self.all_headers.get(name) if _is_visible(name, self.hidden) else None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -88,10 +87,12 @@ def visible_headers(
     Which do is told by their names; `hidden` are further ones, in lower case.
     """
     return {
-        name.lower(): value
-        for name, value in headers.items()
-        if not carries_credential(name) and name.lower() not in hidden
+        name.lower(): value for name, value in headers.items() if _is_visible(name.lower(), hidden)
     }
+
+
+def _is_visible(name: str, hidden: Collection[str]) -> bool:
+    return not carries_credential(name) and name not in hidden
 
 
 @lru_cache(maxsize=1024)

@@ -1,4 +1,4 @@
-"""What the server lets a client send before anybody has looked at it."""
+"""What the server lets a client send before anybody has looked at it, and how it writes answers."""
 
 from __future__ import annotations
 

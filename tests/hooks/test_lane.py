@@ -404,6 +404,12 @@ def ask_at_once(
     return result
 
 
+def counted_wakes() -> dict[str, float]:
+    """Return how many wakes were counted, by labels."""
+    metrics.write_noted()
+    return dict(Tally.objects.filter(name="wakes").values_list("labels").annotate(Sum("value")))
+
+
 def test_a_batch_keeps_its_order_whatever_is_in_it(
     site: Site, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -453,9 +459,7 @@ def test_what_is_refused_in_a_batch_keeps_nobody_else_and_is_recorded_once(
         return dict(statuses.order_by())
 
     until(lambda: counted() == {200: 3, 400: 2, 404: 1})
-    metrics.write_noted()
-    tallies = Tally.objects.filter(name="wakes").values_list("labels").annotate(Sum("value"))
-    assert dict(tallies) == {"door=hook,outcome=queued": 3, "door=hook,outcome=refused": 3}
+    assert counted_wakes() == {"door=hook,outcome=queued": 3, "door=hook,outcome=refused": 3}
 
 
 def test_who_has_no_right_credential_does_not_wait_for_the_database(
@@ -482,9 +486,7 @@ def test_of_a_batch_only_those_fail_whose_session_is_full(
     answers = ask_at_once(site, wakes, monkeypatch)
     assert [status for status, _, _ in answers] == [200, 200, 429, 200, 429, 200]
     assert HookDelivery.objects.filter(status=429).count() == 2
-    metrics.write_noted()
-    tallies = Tally.objects.filter(name="wakes").values_list("labels").annotate(Sum("value"))
-    assert dict(tallies) == {"door=hook,outcome=queued": 5, "door=hook,outcome=full": 2}
+    assert counted_wakes() == {"door=hook,outcome=queued": 5, "door=hook,outcome=full": 2}
 
 
 def test_a_mapping_that_is_deleted_meanwhile_fails_nobody_else(
