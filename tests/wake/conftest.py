@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 
 import pytest
@@ -35,18 +36,24 @@ def _gateway_address(_test_database: None) -> Iterator[str]:
     # The server's threads give their connections up after each use: what is left open would keep
     # the test database from being dropped.
     kept, connection.settings_dict["CONN_MAX_AGE"] = connection.settings_dict["CONN_MAX_AGE"], 0
-    # Nor is the hub to look at the database between two tests.
-    hub.LINGER_SECONDS = 0.5  # type: ignore[misc]
     with serving(application) as url:
         yield url
     connection.settings_dict["CONN_MAX_AGE"] = kept
 
 
+def _close_hubs() -> None:
+    """Let no hub read a database and a configuration that belong to the next test."""
+    for loop, one in list(hub._hubs.items()):
+        if loop.is_running():
+            asyncio.run_coroutine_threadsafe(one.close(), loop).result(10)
+
+
 @pytest.fixture
-def gateway_url(_gateway_address: str, transactional_db: None, settings: Settings) -> str:
+def gateway_url(_gateway_address: str, transactional_db: None, settings: Settings) -> Iterator[str]:
     """The ws:// URL of the whole site, served on a real socket over the test's database."""
     settings.OPENCLAW_GATEWAY_TOKEN = TOKEN
-    return _gateway_address
+    yield _gateway_address
+    _close_hubs()
 
 
 @pytest.fixture
@@ -60,6 +67,7 @@ def untouched_gateway_url(
     settings.OPENCLAW_GATEWAY_TOKEN = TOKEN
     with django_db_blocker.unblock():
         yield _gateway_address
+        _close_hubs()
         assert stored_rows() == 0
 
 

@@ -17,7 +17,7 @@ from typing import Any, Final, ParamSpec, Protocol, TypeVar
 from weakref import WeakKeyDictionary
 
 import msgspec
-from django.db import DatabaseError
+from django.db import DatabaseError, connections
 from django.utils import timezone
 
 from wake import configuration, doorbell, status
@@ -167,6 +167,7 @@ class Hub:
 
     async def _serve(self) -> None:
         """Do all there is to do until nobody has been there for a while."""
+        self._follower = Follower()
         steps = (self._follow, self._watch_credentials, self._keep_presence, self._tell_health)
         async with doorbell.listen(self._hear), asyncio.TaskGroup() as group:
             tasks = [group.create_task(self._again_and_again(step)) for step in steps]
@@ -174,12 +175,24 @@ class Hub:
                 await asyncio.sleep(POLL_SECONDS)
                 if self._members:
                     self._wanted_at = time.monotonic()
-            # At once, so that who comes while the tasks end begins anew.
-            self._serving = None
-            self._is_following.clear()
-            self._follower = Follower()
+            self._begin_anew()
             for task in tasks:
                 task.cancel()
+
+    def _begin_anew(self) -> None:
+        """Let who comes while the present tasks end find new ones, not those."""
+        self._serving = None
+        self._is_following.clear()
+
+    async def close(self) -> None:
+        """End at once, whoever is there, and leave the database alone from then on."""
+        if serving := self._serving:
+            self._begin_anew()
+            serving.cancel()
+            await asyncio.wait([serving])
+        # Who was cancelled did not wait for what its thread is doing.
+        for thread in (self._following, self._database):
+            await call_in(thread, connections.close_all)
 
     def _hear(self, sessions: Collection[int]) -> None:
         self._changed.update(sessions)
