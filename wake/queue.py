@@ -703,7 +703,7 @@ def fail(
     one alone where it `is_about_one`, else all the rest.
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
-    with transaction.atomic(savepoint=False):
+    with transaction.atomic():
         session = _leased_session(claim)
         counts = metrics.Counts()
         session.queued -= _settle_events(
@@ -738,7 +738,7 @@ def lose(claim: Claim, error: str, *, now: datetime, max_attempts: int) -> None:
 
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
-    with transaction.atomic(savepoint=False):
+    with transaction.atomic():
         session = _leased_session(claim)
         counts = metrics.Counts()
         _take_back(session, now, max_attempts, error, counts)
@@ -752,7 +752,7 @@ def release(claim: Claim, *, now: datetime, handed_over: int = 0) -> None:
     The first `handed_over` of its events were delivered, and are not given back.
     Raises LeaseLost, and changes nothing, when the lease has gone to another run.
     """
-    with transaction.atomic(savepoint=False):
+    with transaction.atomic():
         session = _leased_session(claim)
         counts = metrics.Counts()
         session.queued -= _settle_events(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 
 import pytest
@@ -257,6 +258,30 @@ def test_a_lost_lease_is_taken_over_with_the_same_events_and_the_late_answer_ref
         queue.settle(frozen, HeartbeatStatus.DELIVERED, now=later)
     assert SystemEvent.objects.get().state == EventState.QUEUED
     assert Heartbeat.objects.get(run_id=frozen.run_id).status == HeartbeatStatus.LOST
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        lambda late: queue.settle(late, HeartbeatStatus.DELIVERED, now=NOW),
+        lambda late: queue.fail(late, "late", now=NOW, max_attempts=1),
+        lambda late: queue.release(late, now=NOW),
+        lambda late: queue.lose(late, "late", now=NOW, max_attempts=1),
+    ],
+    ids=["settle", "fail", "release", "lose"],
+)
+def test_a_late_answer_leaves_the_transaction_around_it_whole(
+    answer: Callable[[Claim], None],
+) -> None:
+    enqueue(entry("a"))
+    (late,) = claim()
+    queue.reap(now=NOW + LEASE + timedelta(seconds=1), lease=LEASE, max_attempts={"main": 8})
+    with transaction.atomic():
+        with pytest.raises(LeaseLost):
+            answer(late)
+        enqueue(entry("b"))
+    texts = SystemEvent.objects.order_by("pk").values_list("text", "state")
+    assert list(texts) == [("a", EventState.QUEUED), ("b", EventState.QUEUED)]
 
 
 def test_what_kills_its_process_every_time_becomes_a_dead_letter() -> None:
