@@ -26,7 +26,7 @@ from hooks.models import (
 from hooks.signatures import SignatureConfiguration
 from hooks.template import EMPTY, Template, TemplateError
 from hooks.transforms import Transform
-from wake.configuration import Snapshot
+from wake.configuration import Snapshot, at_one_moment
 from wake.dispatch import Mode
 from wake.tokens import digest
 
@@ -110,7 +110,13 @@ class HookConfiguration:
 
 def read() -> HookConfiguration:
     """Read the configuration from the database."""
-    policy = HookPolicy.objects.first() or HookPolicy.ensure()
+    with at_one_moment():
+        if policy := HookPolicy.objects.first():
+            return _configured(policy)
+    return _configured(HookPolicy.ensure())
+
+
+def _configured(policy: HookPolicy) -> HookConfiguration:
     mappings = list(HookMapping.objects.all())
     return HookConfiguration(
         enabled=policy.enabled,

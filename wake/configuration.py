@@ -22,6 +22,7 @@ from typing import Any, Generic, TypeVar, cast
 from django.db import DatabaseError, connection, connections, transaction
 from django.utils import timezone
 
+from wake.columns import is_sqlite
 from wake.errors import AgentError
 from wake.models import Agent, AgentReach, GatewaySettings, IdleRuns, RunnerKind
 from wake.schedule import Schedule
@@ -299,9 +300,34 @@ def _shown(agent_id: str) -> str:
     return ascii(agent_id[:80])[1:-1]
 
 
+@contextlib.contextmanager
+def at_one_moment() -> Iterator[None]:
+    """Let all that is read meanwhile be as it was at one moment. It is for reading alone.
+
+    In a transaction it is that one which says what is seen.
+    """
+    if connection.in_atomic_block:
+        yield
+        return
+    # Django's own transactions are for writing: on SQLite they keep out others who write.
+    begin = "BEGIN" if is_sqlite() else "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+    with connection.cursor() as cursor:
+        cursor.execute(begin)
+        try:
+            yield
+        finally:
+            cursor.execute("ROLLBACK")  # nothing was written
+
+
 def read() -> GatewayConfiguration:
     """Read the configuration from the database."""
-    stored = GatewaySettings.objects.first() or GatewaySettings.ensure()
+    with at_one_moment():
+        if stored := GatewaySettings.objects.first():
+            return _configured(stored)
+    return _configured(GatewaySettings.ensure())
+
+
+def _configured(stored: GatewaySettings) -> GatewayConfiguration:
     return GatewayConfiguration(
         agents=MappingProxyType(
             {agent.pk: _frozen(agent) for agent in Agent.objects.order_by("pk")}

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 import time
 from datetime import timedelta
 
 import pytest
 from django.core.exceptions import ValidationError
-from django.db import transaction
+from django.db import connection, transaction
 from pytest_django import DjangoAssertNumQueries
 
+from hooks import configuration as hooks_configuration
+from hooks.models import AllowedSessionPrefix, HookPolicy
 from wake import configuration
 from wake.configuration import MAX_AGE_SECONDS, Snapshot
 from wake.models import Agent, GatewaySettings, RunnerKind
@@ -44,6 +47,47 @@ def test_a_change_of_another_process_is_in_force_within_a_second() -> None:
         assert time.monotonic() - began < 1
         time.sleep(0.01)
     assert time.monotonic() - began <= MAX_AGE_SECONDS + 0.3
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("what", ["gateway", "hooks"])
+def test_what_is_read_was_so_at_one_moment(what: str) -> None:
+    """Two rows that always change together are never seen apart."""
+    GatewaySettings.ensure()
+    HookPolicy.ensure()
+    AllowedSessionPrefix.objects.create(prefix="a")
+    read_so_often, is_over = 200, threading.Event()
+
+    def change_to(value: str) -> None:
+        with transaction.atomic():
+            GatewaySettings.objects.update(main_key=value)
+            Agent.objects.update(name=value)
+            HookPolicy.objects.update(default_session_key=value)
+            AllowedSessionPrefix.objects.update(prefix=value)
+
+    def change() -> None:
+        for value in itertools.cycle(["b", "a"]):
+            if is_over.is_set():
+                break
+            change_to(value)
+        connection.close()
+
+    def gateway_values() -> tuple[str, str]:
+        read = configuration.read()
+        return read.main_key, read.agents["main"].name
+
+    def hooks_values() -> tuple[str, str]:
+        read = hooks_configuration.read()
+        return read.default_session_key, read.prefixes[0]
+
+    values = {"gateway": gateway_values, "hooks": hooks_values}[what]
+    change_to("a")
+    changing = threading.Thread(target=change)
+    changing.start()
+    seen = {values() for _ in range(read_so_often)}
+    is_over.set()
+    changing.join()
+    assert seen == {("a", "a"), ("b", "b")}
 
 
 def test_what_was_read_before_a_change_is_not_held_after_it() -> None:
