@@ -125,12 +125,16 @@ class Client:
         wait_for(self.programs)
 
     def freeze(self) -> list[int]:
-        """Stop it while programs of it are under way, and return these."""
+        """Stop it while programs of it are under way, and return these.
+
+        One that has just begun does not say yet what it was started for; one that ends, no more.
+        """
         while True:
             self.has_programs()
             self.process.send_signal(signal.SIGSTOP)
             wait_for(lambda: state_of(self.process.pid) == "T")
-            if programs := self.programs():
+            programs = self.programs()
+            if any(map(run_of, programs)):
                 return programs
             self.process.send_signal(signal.SIGCONT)
 
