@@ -205,7 +205,7 @@ async def test_wakes_that_wait_share_a_transaction() -> None:
         assert is_open.wait(10)
         with CaptureQueriesContext(connection) as queries:
             results = dispatch_batch(requests)
-        began.append(sum(query["sql"].startswith("BEGIN") for query in queries))
+        began.append(sum(query["sql"] == "BEGIN IMMEDIATE" for query in queries))
         return results
 
     writer = BatchingWriter[WakeRequest, Receipt](write)
