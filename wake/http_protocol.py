@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Final, Protocol
 
 from asgiref.typing import Scope
@@ -85,6 +85,10 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._is_in_head = False
         self._head_bytes = 0
         self._head_timer: asyncio.TimerHandle | None = None
+        self._idle_since: float | None = None
+        # The server's own header lines, and the headers that they are: new ones every second.
+        self._server_lines = b""
+        self._server_headers: Sequence[tuple[bytes, bytes]] = ()
         self._extensions: dict[str, dict[object, object]] = {
             WHOLE_ANSWER: {"write": self._write_whole}
         }
@@ -96,6 +100,9 @@ class BoundedHeadProtocol(HttpToolsProtocol):
 
     def connection_lost(self, exc: Exception | None) -> None:
         self._has_head()
+        if self.timeout_keep_alive_task:
+            self.timeout_keep_alive_task.cancel()
+            self.timeout_keep_alive_task = None
         super().connection_lost(exc)
 
     def _await_head(self) -> None:
@@ -132,6 +139,36 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         super().on_headers_complete()
         self.scope["extensions"] = self._extensions
 
+    # One timer for a connection that stays, instead of one for each of its answers.
+
+    def _unset_keepalive_if_required(self) -> None:
+        self._idle_since = None
+
+    def on_response_complete(self) -> None:
+        if self.pipeline or self.transport.is_closing():
+            super().on_response_complete()
+            return
+        self.server_state.total_requests += 1
+        self.flow.resume_reading()
+        self._idle_since = self.loop.time()
+        if self.timeout_keep_alive_task is None:
+            self._await_request(self.timeout_keep_alive)
+
+    def _await_request(self, seconds: float) -> None:
+        self.timeout_keep_alive_task = self.loop.call_later(
+            seconds, self.timeout_keep_alive_handler
+        )
+
+    def timeout_keep_alive_handler(self) -> None:
+        self.timeout_keep_alive_task = None
+        if self._idle_since is None:
+            return  # the next answer asks again
+        left = self._idle_since + self.timeout_keep_alive - self.loop.time()
+        if left > 0:
+            self._await_request(left)
+        else:
+            super().timeout_keep_alive_handler()
+
     def _write_whole(self, scope: Scope, status: int, head: bytes, body: bytes) -> bool:
         """Do what the cycle's `send` does for an answer on a connection that stays.
 
@@ -144,8 +181,11 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             return False
         if cycle.response_started or cycle.access_log:
             return False
-        standing = header_lines(cycle.default_headers)
-        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], standing, head, body))
+        if cycle.default_headers is not self._server_headers:
+            self._server_headers = cycle.default_headers
+            self._server_lines = header_lines(cycle.default_headers)
+        lines = self._server_lines
+        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], lines, head, body))
         cycle.response_started = cycle.response_complete = True
         cycle.message_event.set()
         cycle.on_response()

@@ -148,6 +148,42 @@ async def test_a_connection_whose_head_came_is_left_alone() -> None:
         assert await heard(port, get, 1) == b"open"
 
 
+class Forgetful(BoundedHeadProtocol):
+    """Closes a connection that has been idle for a moment."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.timeout_keep_alive = 0.7  # type: ignore[assignment] # uvicorn takes whole seconds
+
+
+async def test_a_connection_is_closed_when_it_has_been_idle_since_its_last_answer() -> None:
+    get = request_bytes("GET / HTTP/1.1", "Host: x")
+    async with serving(answered, http=Forgetful) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            for _ in range(4):
+                writer.write(get)
+                assert (await reader.readuntil(b"\r\n\r\n")).startswith(b"HTTP/1.1 204")
+                await asyncio.sleep(0.25)
+            assert await asyncio.wait_for(reader.read(), 2) == b""
+
+
+async def test_a_connection_with_a_request_under_way_is_not_idle() -> None:
+    async def slow(scope: Any, receive: Any, send: Any) -> None:
+        if scope["path"] == "/slow":
+            await asyncio.sleep(1)
+        await answered(scope, receive, send)
+
+    async with serving(slow, http=Forgetful) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            for path in ("/", "/slow", "/"):
+                writer.write(request_bytes(f"GET {path} HTTP/1.1", "Host: x"))
+                answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 3)
+                assert answer.startswith(b"HTTP/1.1 204")
+            assert await asyncio.wait_for(reader.read(), 2) == b""
+
+
 async def test_only_get_becomes_a_websocket() -> None:
     upgrade = ("Host: x", "Upgrade: websocket", "Connection: Upgrade", "Content-Length: 2")
     async with serving(answered, http=BoundedHeadProtocol) as port:
