@@ -7,10 +7,10 @@ mappings; to it the others do not exist.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from functools import lru_cache
 from typing import Final
+
+import msgspec
 
 from hooks.configuration import HookConfiguration, MappingConfiguration, TokenConfiguration
 from hooks.errors import CredentialInQuery
@@ -21,8 +21,7 @@ from wake.tokens import digest
 TOKEN_HEADER: Final = "x-openclaw-token"  # noqa: S105 - the name of a header
 
 
-@dataclass(frozen=True, slots=True)
-class Credential:
+class Credential(msgspec.Struct, frozen=True):
     """A credential that is right.
 
     `name` is for people. `key` tells it from all others. `mappings` are the ids of the mappings
@@ -97,7 +96,6 @@ def usable_tokens(
             yield token
 
 
-@lru_cache(maxsize=1024)
 def of_token(token: TokenConfiguration) -> Credential:
     """Return the credential that a valid token is."""
     key = f"token:{token.id or token.name}"

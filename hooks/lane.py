@@ -18,11 +18,11 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import lru_cache
-from typing import Final, cast
+from typing import Any, Final, cast
 
 import msgspec
 from asgiref.typing import (
@@ -119,8 +119,9 @@ class HookLane:
             await self._application(scope, _again(event, receive) if event else receive, send)
             return
         await _send(settled.answer, scope, send)
-        # In the request's own task, which a server that stops waits for.
-        await _do_afterwards(settled, arrival)
+        if not (settled.is_recorded and _is_use_noted(arrival)):
+            # In the request's own task, which a server that stops waits for.
+            await _do_afterwards(settled, arrival)
 
 
 def _arrival(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) -> Arrival | None:
@@ -194,7 +195,8 @@ async def _read(receive: ASGIReceiveCallable) -> ASGIReceiveEvent | None:
     try:
         next(reading)
     except StopIteration as read:  # as usual, it is there already: a timer would cost more
-        return cast("ASGIReceiveEvent", read.value)
+        event: ASGIReceiveEvent = read.value
+        return event
     reading.close()
     try:
         async with asyncio.timeout(SOON_SECONDS):
@@ -231,9 +233,6 @@ _left_out = 0  # deliveries that are not recorded, since that was last said
 async def _do_afterwards(settled: Settled, arrival: Arrival) -> None:
     """Record what was not recorded with the event, and note the use of the token."""
     global _under_way, _left_out
-    is_noted = is_use_noted(arrival.credential, arrival.received_at)
-    if settled.is_recorded and is_noted:
-        return
     if _under_way >= MOST_AFTERWARDS:
         _left_out += not settled.is_recorded
         return
@@ -241,13 +240,17 @@ async def _do_afterwards(settled: Settled, arrival: Arrival) -> None:
     try:
         if not settled.is_recorded:
             await call_in(_afterwards, deliveries.record, settled.draft)
-        if not is_noted:
+        if not _is_use_noted(arrival):
             await call_in(_afterwards, _note_use, arrival)
     finally:
         _under_way -= 1
     if _left_out:
         logger.warning("hooks: %d deliveries are not recorded: too many waited", _left_out)
         _left_out = 0
+
+
+def _is_use_noted(arrival: Arrival) -> bool:
+    return is_use_noted(arrival.credential, arrival.received_at)
 
 
 def _note_use(arrival: Arrival) -> None:
@@ -261,8 +264,9 @@ async def _send(answer: Answer, scope: HTTPScope, send: ASGISendCallable) -> Non
     own = [(b"content-length", b"%d" % len(body))]
     if answer.retry_after_seconds is not None:
         own.append((b"retry-after", b"%d" % answer.retry_after_seconds))
-    if whole := (scope.get("extensions") or {}).get(WHOLE_ANSWER):
-        write = cast("WriteWhole", whole["write"])
+    extensions: Mapping[str, Any] = scope.get("extensions") or {}
+    if whole := extensions.get(WHOLE_ANSWER):
+        write: WriteWhole = whole["write"]
         if write(scope, answer.status, _standing_lines() + header_lines(own), body):
             return
     await send(

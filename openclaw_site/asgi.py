@@ -25,16 +25,18 @@ from wake.lifespan import Lifespan  # noqa: E402
 
 connection = Connection.as_asgi()
 
-application = ProtocolTypeRouter(
-    {
-        "http": HookLane(BodyLimit(django_application)),  # type: ignore[arg-type] # Django's are loose
-        "websocket": URLRouter(
-            [
-                path("", connection),
-                path("ws", connection),
-                re_path("", WebsocketDenier.as_asgi()),
-            ]
-        ),
-        "lifespan": Lifespan(lane.running),
-    }
+application = HookLane(
+    ProtocolTypeRouter(
+        {
+            "http": BodyLimit(django_application),  # type: ignore[arg-type] # Django's are loose
+            "websocket": URLRouter(
+                [
+                    path("", connection),
+                    path("ws", connection),
+                    re_path("", WebsocketDenier.as_asgi()),
+                ]
+            ),
+            "lifespan": Lifespan(lane.running),
+        }
+    )
 )
