@@ -1,4 +1,4 @@
-"""Serving an ASGI function in a process of its own, as the gateway serves."""
+"""Serving an ASGI function in a process of its own, with uvicorn as it comes."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ import uvicorn
 def serve(application: Any) -> None:
     """Serve on a free port until SIGTERM. Says `ready URL` on standard output first."""
     listening = socket.create_server(("127.0.0.1", 0), backlog=2048)
-    # As `manage.py gateway` has it, but without what only its WebSocket and lifespan need.
+    # None of the gateway's own parts: what they save is to be seen.
     config = uvicorn.Config(
         application,
-        http="wake.http_protocol:BoundedHeadProtocol",
+        http="httptools",
         ws="none",
         lifespan="off",
         log_config=None,
