@@ -98,6 +98,19 @@ class Draft(msgspec.Struct):
     headers: dict[str, str] = msgspec.field(default_factory=dict)
     query: dict[str, str] = msgspec.field(default_factory=dict)
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether all fields are as `_PLAIN` has them."""
+        return not (
+            self.mapping_name
+            or self.error
+            or self.idempotency_key
+            or self.has_body
+            or self.replay_of_id is not None
+            or self.credential_mappings is not None
+            or self.mapping_id is not None
+        )
+
 
 class Accepted(msgspec.Struct, frozen=True):
     """A request that is to be stored: what it asks for, and the record of it.
@@ -138,7 +151,9 @@ def take_accepted(arrivals: Sequence[Arrival]) -> list[Settled | None]:
     """Take requests together, as far as they are accepted; None stands for each that is not.
 
     Of that nothing is stored, recorded or counted: `take` it alone to learn what it comes to.
+    Called on a thread that does nothing else.
     """
+    columns.find_by_index()
     begun = [_begin_accepted(arrival) for arrival in arrivals]
     settled = iter(store([accepted for accepted in begun if accepted]))
     return [next(settled) if accepted else None for accepted in begun]
@@ -417,58 +432,70 @@ _COLUMNS: Final = (
     "milliseconds",
     "client",
     "credential",
-    "credential_mappings",
     "path",
-    "mapping_id",
-    "mapping_name",
     "status",
     "outcome",
-    "error",
     "answer",
-    "idempotency_key",
-    "replay_of_id",
-    "has_body",
-    "body",
-    "headers",
-    "query",
+)
+# The other columns, as they are of a request to `/hooks/wake` whose body is not kept: most are, and
+# what is known beforehand is not handed over row by row.
+_PLAIN: Final[tuple[tuple[str, Any], ...]] = (
+    ("credential_mappings", None),
+    ("mapping_id", None),
+    ("mapping_name", ""),
+    ("error", ""),
+    ("idempotency_key", ""),
+    ("replay_of_id", None),
+    ("has_body", False),
+    ("body", None),
+    ("headers", {}),
+    ("query", {}),
 )
 
 
 def _record(drafts: Sequence[Draft]) -> None:
     """Store records, and forget the wrong credentials of their clients."""
-    moment, uuid, flag = columns.moments(), columns.uuids(), columns.flags()
-    json, blob, nothing = columns.jsons(), columns.blobs(), columns.jsons()({})
-    with columns.as_one():
-        columns.insert(
-            HookDelivery._meta.db_table,
-            _COLUMNS,
-            [
-                (
-                    uuid(draft.uid),
-                    moment(draft.received_at),
-                    draft.milliseconds,
-                    draft.client,
-                    draft.credential,
-                    json(draft.credential_mappings),
-                    draft.path,
-                    draft.mapping_id,
-                    draft.mapping_name,
-                    draft.status,
-                    draft.outcome.value,
-                    draft.error,
-                    json(draft.answer),
-                    draft.idempotency_key,
-                    draft.replay_of_id,
-                    flag(draft.has_body),
-                    blob(draft.body),
-                    json(draft.headers) if draft.headers else nothing,
-                    json(draft.query) if draft.query else nothing,
-                )
-                for draft in drafts
-            ],
+    moment, uuid, json = columns.moments(), columns.uuids(), columns.jsons()
+    rows: list[tuple[Any, ...]] = [
+        (
+            uuid(draft.uid),
+            moment(draft.received_at),
+            draft.milliseconds,
+            draft.client,
+            draft.credential,
+            draft.path,
+            draft.status,
+            draft.outcome.value,
+            json(draft.answer),
         )
+        for draft in drafts
+    ]
+    table = HookDelivery._meta.db_table
+    with columns.as_one():
+        if all(draft.is_plain for draft in drafts):
+            columns.insert(table, _COLUMNS, rows, _PLAIN)
+        else:
+            rows = [row + _rest(draft) for row, draft in zip(rows, drafts, strict=True)]
+            columns.insert(table, _COLUMNS + tuple(name for name, _ in _PLAIN), rows)
         # A replay is a person's; its client has shown nothing.
         throttling.clear({draft.client for draft in drafts if draft.replay_of_id is None})
+
+
+def _rest(draft: Draft) -> tuple[Any, ...]:
+    """Return what is stored in the columns of `_PLAIN`."""
+    json = columns.jsons()
+    return (
+        json(draft.credential_mappings),
+        draft.mapping_id,
+        draft.mapping_name,
+        draft.error,
+        draft.idempotency_key,
+        draft.replay_of_id,
+        columns.flags()(draft.has_body),
+        columns.blobs()(draft.body),
+        json(draft.headers),
+        json(draft.query),
+    )
 
 
 def arrival_again(delivery: HookDelivery, now: datetime) -> Arrival:

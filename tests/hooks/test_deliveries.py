@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 from typing import Any
+from uuid import uuid4
 
 import pytest
-from django.db import OperationalError, connection
+from django.db import OperationalError, connection, transaction
 from django.test import Client
 from django.test.utils import CaptureQueriesContext
 from django.utils import timezone
@@ -45,6 +46,42 @@ def test_what_was_accepted_is_kept_with_its_outcome(send: Send) -> None:
     assert bytes(delivery.body or b"") == b'{"text": "x"}'
     assert delivery.query == {"a": "b"}
     assert delivery.headers["x-kind"] == "k"
+
+
+@pytest.mark.parametrize("plain_ones_beside_it", [0, 2])
+@pytest.mark.parametrize("field", [name for name, _ in deliveries._PLAIN])
+def test_each_field_of_a_record_is_stored(field: str, plain_ones_beside_it: int) -> None:
+    def draft(**fields: Any) -> deliveries.Draft:
+        return deliveries.Draft(
+            uid=uuid4(),
+            received_at=timezone.now(),
+            client="127.0.0.1",
+            credential="token tests",
+            path="wake",
+            **{"credential_mappings": None, "replay_of_id": None, **fields},
+        )
+
+    deliveries.record(first := draft())
+    values: dict[str, Any] = {
+        "credential_mappings": [],
+        "mapping_id": mapping().pk,
+        "mapping_name": "ci",
+        "error": "no",
+        "idempotency_key": "k",
+        "replay_of_id": HookDelivery.objects.get(uid=first.uid).pk,
+    }
+    of_bodies = {"has_body": True, "body": b"{}", "headers": {"a": "b"}, "query": {"c": "d"}}
+    is_of_body = field in of_bodies
+    one = draft(**(of_bodies if is_of_body else {field: values[field]}))
+    others = [draft() for _ in range(plain_ones_beside_it)]
+    with transaction.atomic():
+        deliveries._record([*others, one])
+    stored = HookDelivery.objects.get(uid=one.uid)
+    value = getattr(stored, field)
+    assert (bytes(value) if field == "body" else value) == {**values, **of_bodies}[field]
+    for other in others:
+        plain = HookDelivery.objects.get(uid=other.uid)
+        assert not any(getattr(plain, name) for name, _ in deliveries._PLAIN)
 
 
 def test_credentials_are_never_kept(send: Send, hook_token: str) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -107,6 +108,39 @@ def insert(names: tuple[str, ...], made: list[dict[str, Any]]) -> None:
     columns.insert(
         HookDelivery._meta.db_table, names, [[row[name] for name in names] for row in made]
     )
+
+
+@pytest.mark.parametrize("is_pipelined", [False, True])
+def test_columns_that_are_the_same_in_all_rows(is_pipelined: bool) -> None:
+    uids = [uuid4() for _ in range(3)]
+    own = {"uid", "milliseconds", "received_at"}
+    same = {
+        **{
+            name: value
+            for name, value in {**stored(A_DELIVERY), **ALWAYS}.items()
+            if name not in own
+        },
+        "answer": {"ok": True, "of": [1, None]},
+        "error": "",
+        "headers": {},
+        "query": {},
+        "mapping_id": None,
+        "body": None,
+        "has_body": False,
+    }
+    moment = columns.moments()(datetime(2026, 1, 2, tzinfo=UTC))
+    rows = [(columns.uuids()(uid), number + 0.5, moment) for number, uid in enumerate(uids)]
+    with columns.pipelined_transaction() if is_pipelined else transaction.atomic():
+        names = ("uid", "milliseconds", "received_at")
+        columns.insert(HookDelivery._meta.db_table, names, rows, tuple(same.items()))
+    found = HookDelivery.objects.filter(uid__in=uids).order_by("pk")
+    assert [(row.uid, row.milliseconds) for row in found] == list(
+        zip(uids, [0.5, 1.5, 2.5], strict=True)
+    )
+    for row in found:
+        assert (row.answer, row.headers, row.query) == ({"ok": True, "of": [1, None]}, {}, {})
+        assert (row.error, row.mapping_id, row.body, row.has_body) == ("", None, None, False)
+        assert (row.status, row.outcome) == (ALWAYS["status"], ALWAYS["outcome"])
 
 
 def test_an_update_sets_what_it_says_of_the_rows_that_it_says() -> None:
@@ -309,3 +343,41 @@ def test_what_is_prepared_reads_no_table_whole() -> None:
         assert cursor.fetchone() == ("on",)
     assert "Seq Scan" not in plan
     assert "session_agent_key_unique" in plan
+
+
+@settings(deadline=None)
+@given(
+    values=st.lists(
+        st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0")), min_size=1
+    )
+)
+def test_any_of_finds_what_is_among_the_values(values: list[str]) -> None:
+    column = "CAST(%s AS text)"
+    condition, parameters = columns.any_of(column, values)
+    for sought in (values[-1], values[0] + "x"):
+        found = columns.fetch(f"SELECT 1 WHERE {condition}", [sought, *parameters])
+        assert bool(found) == (sought in values)
+
+
+def test_a_thread_may_find_by_index_alone_and_no_other_does() -> None:
+    if connection.vendor != "postgresql":
+        pytest.skip("SQLite plans by rules, not by the size of tables: set DATABASE_URL")
+
+    def reads_tables_whole() -> bool:
+        return columns.fetch("SHOW enable_seqscan", []) == [("on",)]
+
+    def on_a_thread() -> list[bool]:
+        seen = []
+        for _ in range(2):  # the second time on another connection
+            connection.ensure_connection()
+            for _ in range(2):
+                with columns.pipelined_transaction():
+                    seen.append(reads_tables_whole())
+                seen.append(reads_tables_whole())
+                columns.find_by_index()
+            connection.close()
+        return seen
+
+    with ThreadPoolExecutor(1) as thread:
+        assert thread.submit(on_a_thread).result() == [False, True, False, False] * 2
+    assert reads_tables_whole()
