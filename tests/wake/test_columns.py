@@ -155,6 +155,41 @@ def test_an_update_sets_what_it_says_of_the_rows_that_it_says() -> None:
     assert list(found) == [(token, now, "me")] * 2 + [(None, None, "")]
 
 
+@settings(
+    max_examples=25,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    key=texts.filter(bool),
+    due_at=moments,
+    held_until=st.none() | moments,
+    lease_token=st.none() | st.uuids(),
+    batch_through=st.none() | st.integers(0, 2**53),
+)
+def test_a_session_is_read_as_its_model_wrote_it(
+    key: str,
+    due_at: datetime,
+    held_until: datetime | None,
+    lease_token: UUID | None,
+    batch_through: int | None,
+) -> None:
+    Session.objects.all().delete()
+    written = Session.objects.create(
+        agent_id="main",
+        key=key,
+        due_at=due_at,
+        held_until=held_until,
+        lease_token=lease_token,
+        lease_until=due_at if lease_token else None,
+        batch_through=batch_through,
+    )
+    with transaction.atomic():
+        (row,) = lock_sessions([SessionKey("main", key)]).values()
+    fields = ("pk", "key", "queued", "due_at", "held_until", "lease_token", "batch_through")
+    assert [getattr(row, name) for name in fields] == [getattr(written, name) for name in fields]
+
+
 def spilled() -> int:
     """Return how many temporary files SQLite has open in this process."""
     return sum("/etilqs_" in os.path.realpath(link) for link in Path("/proc/self/fd").iterdir())

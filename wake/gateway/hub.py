@@ -185,7 +185,10 @@ class Hub:
         self._is_following.clear()
 
     async def close(self) -> None:
-        """End at once, whoever is there, and leave the database alone from then on."""
+        """End at once, whoever is there, and leave the database alone from then on.
+
+        For a process that goes on without its server, as one does that runs tests.
+        """
         if serving := self._serving:
             self._begin_anew()
             serving.cancel()
