@@ -34,7 +34,7 @@ run: $(VENV)/installed
 	@exec $(BIN)/python manage.py gateway --host $(HOST) --port $(PORT)
 
 test: $(VENV)/installed-dev
-	$(BIN)/python -m pytest -n auto $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n auto --dist worksteal $(PYTEST_ARGS)
 
 check: $(VENV)/installed-dev
 	$(BIN)/ruff check .
