@@ -92,7 +92,6 @@ class Snapshot(Generic[T]):
                 if _in_event_loop()
                 else self._read()
             )
-            self._last = value
         except DatabaseError:
             if self._last is None:
                 raise
@@ -101,6 +100,8 @@ class Snapshot(Generic[T]):
         with self._lock:
             if forgotten == self._forgotten:
                 self._held = (value, read_at)
+            if forgotten == self._forgotten or self._last is None:
+                self._last = value
         return value
 
     def confirm(self) -> None:
@@ -116,7 +117,16 @@ class Snapshot(Generic[T]):
         self._drop()
         # Asked first, because `on_commit` opens a connection where there is none.
         if transaction.get_connection().in_atomic_block:
-            transaction.on_commit(self._drop)
+            transaction.on_commit(self._renew)
+        else:
+            self._renew()
+
+    def _renew(self) -> None:
+        """Forget, and where event loops take what is there, let it be the new value."""
+        self._drop()
+        if _is_kept_fresh:
+            with contextlib.suppress(Exception):  # the thread that keeps it fresh says why
+                self.refresh()
 
     def _drop(self) -> None:
         with self._lock:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import itertools
 import threading
 import time
+from contextlib import nullcontext
 from datetime import timedelta
 
 import pytest
+from asgiref.sync import sync_to_async
 from django.core.exceptions import ValidationError
 from django.db import connection, transaction
 from pytest_django import DjangoAssertNumQueries
@@ -184,6 +187,27 @@ def test_secrets_are_encrypted_at_rest_and_not_shown() -> None:
     agent = configuration.read().agents["ops"]
     assert agent.signing_secret == "whsec_geheim"
     assert "geheim" not in repr(agent)
+
+
+@pytest.mark.django_db(transaction=True)
+@pytest.mark.parametrize("is_in_transaction", [False, True])
+async def test_a_change_is_in_force_at_once_on_an_event_loop_too(is_in_transaction: bool) -> None:
+    """A server's event loop reads nothing: what it finds there must be what was just stored."""
+
+    def change(name: str) -> None:
+        with transaction.atomic() if is_in_transaction else nullcontext():
+            stored = GatewaySettings.ensure()
+            stored.main_key = name
+            stored.save()
+
+    fresh = configuration.keep_fresh()
+    await asyncio.to_thread(fresh.__enter__)
+    try:
+        for number in range(20):
+            await sync_to_async(change)(f"key{number}")
+            assert configuration.gateway().main_key == f"key{number}"
+    finally:
+        await asyncio.to_thread(fresh.__exit__, None, None, None)
 
 
 @pytest.mark.django_db(transaction=True)
