@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,11 +17,6 @@ from hooks import configuration as hooks_configuration
 from tests.admin_browser import signed_in, viewing_user
 from tests.live import LiveGateway
 from wake import configuration
-
-
-def pytest_xdist_auto_num_workers() -> int:
-    """Run two tests for each core: half of the time they wait, for processes and for clocks."""
-    return 2 * (os.cpu_count() or 1)
 
 
 @pytest.fixture(scope="session")

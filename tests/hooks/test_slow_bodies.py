@@ -104,6 +104,7 @@ async def test_the_connection_ends_soon_after_the_408(port: int) -> None:
         with contextlib.suppress(OSError):  # reset or broken pipe, as it comes
             while not reader.at_eof():
                 writer.write(b"x")
+                await writer.drain()  # says so where the end was a reset
                 await asyncio.sleep(0.05)
 
 
