@@ -107,19 +107,20 @@ def select(columns: str, rest: str, parameters: Sequence[Any]) -> list[Sequence[
     are 0 and 1.
     """
     names = ", ".join(name.strip().rpartition(".")[2] for name in columns.split(","))
-    gathered = (
-        "json_group_array(json_array({}))"
-        if is_sqlite()
-        else "json_agg(json_build_array({}))::text"
-    )
-    statement = f"SELECT {gathered.format(names)} FROM (SELECT {columns} {rest}) AS found"  # noqa: S608
+    row = _array_of(names)
+    gathered = f"json_group_array({row})" if is_sqlite() else f"json_agg({row})::text"
+    statement = f"SELECT {gathered} FROM (SELECT {columns} {rest}) AS found"  # noqa: S608
     ((found,),) = fetch(statement, parameters)
     return msgspec.json.decode(found) if found else []
 
 
 def json_array(columns: str) -> str:
     """Return what makes a JSON array of columns in a statement, as text."""
-    return f"json_array({columns})" if is_sqlite() else f"json_build_array({columns})::text"
+    return _array_of(columns) if is_sqlite() else f"{_array_of(columns)}::text"
+
+
+def _array_of(columns: str) -> str:
+    return f"json_array({columns})" if is_sqlite() else f"json_build_array({columns})"
 
 
 def fetch_json(statement: str, parameters: Sequence[Any]) -> list[Any]:

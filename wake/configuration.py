@@ -114,9 +114,9 @@ class Snapshot(Generic[T]):
 
     def forget(self) -> None:
         """Read anew at the next call, and once more after the transaction under way ends."""
-        self._drop()
         # Asked first, because `on_commit` opens a connection where there is none.
         if transaction.get_connection().in_atomic_block:
+            self._drop()
             transaction.on_commit(self._renew)
         else:
             self._renew()
