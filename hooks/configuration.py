@@ -118,6 +118,7 @@ def read() -> HookConfiguration:
 
 def _configured(policy: HookPolicy) -> HookConfiguration:
     mappings = list(HookMapping.objects.all())
+    allowed = HookPolicy.allowed_agents.through.objects.filter(hookpolicy=policy)
     return HookConfiguration(
         enabled=policy.enabled,
         base_path=policy.base_path,
@@ -128,7 +129,7 @@ def _configured(policy: HookPolicy) -> HookConfiguration:
             for prefix in AllowedSessionPrefix.objects.values_list("prefix", flat=True)
         ),
         default_session_key=policy.default_session_key.strip(),
-        allowed_agents=frozenset(policy.allowed_agents.values_list("pk", flat=True)),
+        allowed_agents=frozenset(allowed.values_list("agent_id", flat=True)),
         keep_bodies=_known(KeepBodies, policy.keep_bodies, KeepBodies.NEVER),
         signature_headers=frozenset(
             mapping.signature_header.lower() for mapping in mappings if mapping.signature_header
@@ -233,4 +234,14 @@ def _signature(mapping: HookMapping) -> SignatureConfiguration | None:
     )
 
 
-hooks: Snapshot[HookConfiguration] = Snapshot(read)
+hooks: Snapshot[HookConfiguration] = Snapshot(
+    read,
+    [
+        HookPolicy,
+        HookPolicy.allowed_agents.through,
+        AllowedSessionPrefix,
+        HookToken,
+        HookToken.mappings.through,
+        HookMapping,
+    ],
+)

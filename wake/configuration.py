@@ -12,17 +12,19 @@ import contextlib
 import logging
 import threading
 import time as clock
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from datetime import datetime, time, timedelta
+from hashlib import blake2b
 from types import MappingProxyType
 from typing import Any, Generic, TypeVar, cast
 
 from django.db import DatabaseError, connection, connections, transaction
+from django.db.models import Model
 from django.utils import timezone
 
-from wake.columns import is_sqlite
+from wake import columns
 from wake.errors import AgentError
 from wake.models import Agent, AgentReach, GatewaySettings, IdleRuns, RunnerKind
 from wake.schedule import Schedule
@@ -30,6 +32,8 @@ from wake.session_keys import Scope, SessionKey, main_session_key
 from wake.threads import on_kept_connection
 
 MAX_AGE_SECONDS = 0.5
+# What is made of rows that do not change may still say something else with time.
+MAX_CONFIRMED_SECONDS = 10.0
 # A process says again how it reaches its agents well within this time.
 REACH_COUNTS_FOR = timedelta(seconds=90)
 JOIN_SECONDS = 2.0
@@ -39,18 +43,36 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 
+class _Held(Generic[T]):
+    """What was read; times are of the monotonic clock.
+
+    `contents` stands for the rows that it was made of, if they were looked at before it was read.
+    """
+
+    def __init__(self, value: T, read_at: float, contents: bytes | None) -> None:
+        self.value, self.read_at, self.contents = value, read_at, contents
+        self.as_of = read_at  # when the database was last known to be so
+
+
 class Snapshot(Generic[T]):
     """A value read from the database, read again when it is older than `max_age` seconds.
 
     In a server the value is kept fresh by a thread (`keep_fresh`), and an event loop takes what is
     there, so that a database that hangs stops no loop. When reading fails, the last value stays in
-    force.
+    force. `tables` are the models whose rows alone `read` looks at, and the time of day.
     """
 
-    def __init__(self, read: Callable[[], T], max_age: float = MAX_AGE_SECONDS) -> None:
+    def __init__(
+        self,
+        read: Callable[[], T],
+        tables: Sequence[type[Model]] = (),
+        *,
+        max_age: float = MAX_AGE_SECONDS,
+    ) -> None:
         self._read = read
+        self.tables = tables
         self._max_age = max_age
-        self._held: tuple[T, float] | None = None
+        self._held: _Held[T] | None = None
         self._last: T | None = None
         # How often the value was forgotten: what was read before the last time is not held.
         self._forgotten = 0
@@ -76,11 +98,11 @@ class Snapshot(Generic[T]):
 
     def _young(self) -> T | None:
         held = self._held
-        if held is None or clock.monotonic() - held[1] > self._max_age:
+        if held is None or clock.monotonic() - held.as_of > self._max_age:
             return None
-        return held[0]
+        return held.value
 
-    def refresh(self) -> T:
+    def refresh(self, contents: bytes | None = None) -> T:
         """Read the value anew and return it."""
         # The time is taken before the read: the value may be older than it, never younger.
         read_at = clock.monotonic()
@@ -96,21 +118,32 @@ class Snapshot(Generic[T]):
             if self._last is None:
                 raise
             logger.warning("configuration: cannot be read; the last one stays in force")
-            value = self._last
+            value, contents = self._last, None
         with self._lock:
             if forgotten == self._forgotten:
-                self._held = (value, read_at)
+                self._held = _Held(value, read_at, contents)
             if forgotten == self._forgotten or self._last is None:
                 self._last = value
         return value
 
-    def confirm(self) -> None:
-        """Take the held value for as good as read just now: the database has not changed."""
+    def freshen(self) -> None:
+        """Read the value anew, unless its rows are as they were: what they say takes longer.
+
+        Every so often even then, because of the time of day. Raises DatabaseError.
+        """
+        looked_at = clock.monotonic()
+        contents = _contents(self.tables) if self.tables else None
         with self._lock:
-            if held := self._held:
-                self._held = (held[0], clock.monotonic())
+            held = self._held
+            if (
+                held
+                and contents
+                and held.contents == contents
+                and looked_at - held.read_at < MAX_CONFIRMED_SECONDS
+            ):
+                held.as_of = looked_at
                 return
-        self.refresh()
+        self.refresh(contents)
 
     def forget(self) -> None:
         """Read anew at the next call, and once more after the transaction under way ends."""
@@ -169,19 +202,16 @@ def keep_fresh() -> Iterator[None]:
     stopped = threading.Event()
 
     def serve() -> None:
-        seen: int | None = None
         while not stopped.is_set():
             if _asked.wait(MAX_AGE_SECONDS / 2):
                 _asked.clear()
-                seen = None
             try:
-                seen = on_kept_connection(_freshen, seen)
+                on_kept_connection(_freshen)
             except DatabaseError:
-                seen = None
+                logger.warning("configuration: cannot be read; the last one stays in force")
             except Exception:
                 # This thread never ends: without it, old values would stay in force for ever.
                 logger.exception("configuration: it cannot be read; the last one stays in force")
-                seen = None
         connections.close_all()
 
     thread = threading.Thread(target=serve, name="configuration", daemon=True)
@@ -196,25 +226,14 @@ def keep_fresh() -> Iterator[None]:
         thread.join(JOIN_SECONDS)
 
 
-def _freshen(seen: int | None) -> int | None:
-    """Read all snapshots, unless the database is as it was at `seen`; return what to pass next."""
-    version = _data_version()
+def _freshen() -> None:
     for snapshot in _snapshots:
-        if version is None or version != seen:
-            snapshot.refresh()
-        else:
-            snapshot.confirm()
-    return version
+        snapshot.freshen()
 
 
-def _data_version() -> int | None:
-    """Return a number that changes when another connection commits; None if there is none."""
-    if connection.vendor != "sqlite":
-        return None
-    with connection.cursor() as cursor:
-        cursor.execute("PRAGMA data_version")
-        version: int = cursor.fetchone()[0]
-    return version
+def _contents(tables: Sequence[type[Model]]) -> bytes:
+    """Return what stands for all rows of these tables: as long as none changes, it is the same."""
+    return blake2b("\0".join(columns.all_of(tables)).encode(), digest_size=16).digest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -320,7 +339,7 @@ def at_one_moment() -> Iterator[None]:
         yield
         return
     # Django's own transactions are for writing: on SQLite they keep out others who write.
-    begin = "BEGIN" if is_sqlite() else "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
+    begin = "BEGIN" if columns.is_sqlite() else "BEGIN ISOLATION LEVEL REPEATABLE READ READ ONLY"
     with connection.cursor() as cursor:
         cursor.execute(begin)
         try:
@@ -395,4 +414,4 @@ def _frozen(agent: Agent) -> AgentConfiguration:
     )
 
 
-gateway: Snapshot[GatewayConfiguration] = Snapshot(read)
+gateway: Snapshot[GatewayConfiguration] = Snapshot(read, [GatewaySettings, Agent, AgentReach])

@@ -8,17 +8,20 @@ import threading
 import time
 from contextlib import nullcontext
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from asgiref.sync import sync_to_async
 from django.core.exceptions import ValidationError
 from django.db import connection, transaction
+from django.test.utils import CaptureQueriesContext
 from pytest_django import DjangoAssertNumQueries
 
 from hooks import configuration as hooks_configuration
 from hooks.models import AllowedSessionPrefix, HookPolicy
 from wake import configuration
 from wake.configuration import MAX_AGE_SECONDS, Snapshot
+from wake.gateway import credentials
 from wake.models import Agent, GatewaySettings, RunnerKind
 
 
@@ -126,6 +129,71 @@ def test_a_snapshot_is_read_again_only_when_it_is_old() -> None:
     assert [snapshot(), snapshot()] == [0, 0]
     old = Snapshot(read, max_age=-1)
     assert [old(), old()] == [1, 2]
+
+
+@pytest.mark.django_db
+@pytest.mark.parametrize(
+    "snapshot",
+    [
+        pytest.param(configuration.gateway, id="gateway"),
+        pytest.param(hooks_configuration.hooks, id="hooks"),
+        pytest.param(credentials._stored_tokens, id="tokens"),
+    ],
+)
+def test_a_snapshot_names_every_table_that_it_reads(snapshot: Snapshot[Any]) -> None:
+    """What changes in another one would be seen seconds later."""
+    GatewaySettings.ensure()
+    HookPolicy.ensure()
+    with CaptureQueriesContext(connection) as read:
+        snapshot.refresh()
+    stands_in = {
+        table
+        for table in connection.introspection.table_names()
+        if any(f'"{table}"' in query["sql"] for query in read.captured_queries)
+    }
+    assert stands_in == {table._meta.db_table for table in snapshot.tables}
+
+
+@pytest.mark.django_db
+def test_what_has_not_changed_is_read_again_only_after_a_while(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    reads: list[str] = []
+
+    def read() -> str:
+        reads.append(GatewaySettings.ensure().main_key)
+        return reads[-1]
+
+    snapshot = Snapshot(read, [GatewaySettings])
+    try:
+        GatewaySettings.ensure()
+        for _ in range(5):
+            snapshot.freshen()
+        assert reads == ["main"]
+        GatewaySettings.objects.update(main_key="other")  # no signal: as if elsewhere
+        for _ in range(5):
+            snapshot.freshen()
+        assert reads == ["main", "other"]
+        monkeypatch.setattr(configuration, "MAX_CONFIRMED_SECONDS", 0)
+        snapshot.freshen()
+        assert reads == ["main", "other", "other"]
+    finally:
+        configuration._snapshots.remove(snapshot)
+
+
+@pytest.mark.django_db
+def test_a_value_that_is_changed_back_elsewhere_is_seen_so() -> None:
+    """The rows are again as they were when they were last looked at, but not when last read."""
+    snapshot = Snapshot(lambda: GatewaySettings.ensure().main_key, [GatewaySettings])
+    try:
+        snapshot.freshen()
+        GatewaySettings.objects.update(main_key="other")
+        assert snapshot.refresh() == "other"  # as this process does when it has changed it
+        GatewaySettings.objects.update(main_key="main")
+        snapshot.freshen()
+        assert snapshot() == "main"
+    finally:
+        configuration._snapshots.remove(snapshot)
 
 
 @pytest.mark.django_db

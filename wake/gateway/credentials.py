@@ -99,7 +99,9 @@ def _session_store(session_key: str) -> Any:
     return import_module(settings.SESSION_ENGINE).SessionStore(session_key)
 
 
-_stored_tokens: Snapshot[dict[int, GatewayToken]] = Snapshot(GatewayToken.objects.in_bulk)
+_stored_tokens: Snapshot[dict[int, GatewayToken]] = Snapshot(
+    GatewayToken.objects.in_bulk, [GatewayToken]
+)
 
 
 def ended(held: Collection[Credential], now: datetime) -> set[Credential]:
