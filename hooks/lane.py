@@ -19,10 +19,10 @@ import contextlib
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from datetime import UTC, datetime
-from functools import lru_cache
-from typing import Any, Final, cast
+from functools import lru_cache, partial
+from typing import Any, Final, NamedTuple, cast
 
 import msgspec
 from asgiref.typing import (
@@ -49,8 +49,8 @@ from hooks.deliveries import Arrival, Settled
 from hooks.mapping import on_path
 from hooks.models import ENDPOINTS
 from wake.errors import WakeError
-from wake.http_protocol import WHOLE_ANSWER, WriteWhole, header_lines
-from wake.threads import call_in
+from wake.http_protocol import WHOLE_ANSWER, Otherwise, WriteAnswer, WriteWhole, header_lines
+from wake.threads import on_kept_connection
 from wake.writer import BatchingWriter
 
 # It is kept which Hosts are known. A longer one is not, and takes no room there.
@@ -65,6 +65,8 @@ SOON_SECONDS: Final = 0.05
 _afterwards = ThreadPoolExecutor(max_workers=1, thread_name_prefix="hooks-afterwards")
 # So many may wait for that. While the database is away each takes as long as its time limit.
 MOST_AFTERWARDS: Final = 256
+# A server that stops waits so long for it.
+AFTERWARDS_SECONDS: Final = 5.0
 
 logger = logging.getLogger(__name__)
 
@@ -75,6 +77,9 @@ def running() -> Iterator[None]:
     _standing_headers()  # making the middleware takes its time: not that of the first hook
     with writer.running():
         yield
+    wait(_under_way, AFTERWARDS_SECONDS)
+    for left in list(_under_way):
+        left.cancel()
 
 
 def _headers(scope: HTTPScope) -> dict[str, str]:
@@ -95,54 +100,123 @@ def _headers(scope: HTTPScope) -> dict[str, str]:
     return headers
 
 
+class _Asked(NamedTuple):
+    """A hook's request that is there whole, and who is told how it is settled.
+
+    None when it is to go the other way.
+    """
+
+    scope: HTTPScope
+    path: str
+    body: bytes
+    told: Callable[[Settled | None], None]
+
+
 class HookLane:
     """ASGI application around the site's that takes the short way where it can."""
 
     def __init__(self, application: ASGI3Application) -> None:
         self._application = application
+        self._asked: list[_Asked] = []
+
+    def take_whole(
+        self, scope: Scope, body: bytes, answer: WriteAnswer, otherwise: Otherwise
+    ) -> bool:
+        """Take a hook's request without a task; see `wake.http_protocol.TakesWhole`."""
+
+        def tell(settled: Settled | None) -> None:
+            if settled is None:
+                otherwise(self._application)
+            else:
+                encoded, own = _encoded(settled.answer)
+                answer(settled.answer.status, _standing_lines() + header_lines(own), encoded)
+
+        return self._ask(scope, body, tell)
 
     async def __call__(
         self, scope: Scope, receive: ASGIReceiveCallable, send: ASGISendCallable
     ) -> None:
-        path = _hook_path(scope) if scope["type"] == "http" and writer.is_running else None
-        headers = _headers(scope) if path and scope["type"] == "http" else {}
-        if path is None or scope["type"] != "http" or not _is_plain(headers):
+        if _hook_path(scope) is None:
             await self._application(scope, receive, send)
             return
-        event = await _read(receive)
-        arrival = settled = None
+        event, settled = await _read(receive), None
         if event and event["type"] == "http.request" and not event.get("more_body", False):
-            arrival = _arrival(scope, path, headers, event.get("body", b""))
-        if arrival:
-            settled = await _settled(arrival)
-        if arrival is None or settled is None:
+            told: asyncio.Future[Settled | None] = asyncio.get_running_loop().create_future()
+            if self._ask(scope, event.get("body", b""), partial(_tell, told)):
+                settled = await told
+        if settled is None:
             await self._application(scope, _again(event, receive) if event else receive, send)
-            return
-        await _send(settled.answer, scope, send)
-        if not (settled.is_recorded and _is_use_noted(arrival)):
-            # In the request's own task, which a server that stops waits for.
-            await _do_afterwards(settled, arrival)
+        else:
+            await _send(settled.answer, scope, send)
+
+    def _ask(self, scope: Scope, body: bytes, told: Callable[[Settled | None], None]) -> bool:
+        """Take a request where it is a hook's, at the end of the event loop's turn.
+
+        One right after the other, as they are decided: here, too, that takes half the time.
+        """
+        if scope["type"] != "http" or (path := _hook_path(scope)) is None:
+            return False
+        if not self._asked:
+            asyncio.get_running_loop().call_soon(self._take)
+        self._asked.append(_Asked(scope, path, body, told))
+        return True
+
+    def _take(self) -> None:
+        asked, self._asked = self._asked, []
+        for scope, path, body, told in asked:
+            arrival = _arrival(scope, path, body)
+            if arrival is None:
+                told(None)
+                continue
+            try:
+                writer.put(arrival, partial(_settle, arrival, told))
+            except WakeError as error:
+                _settle(arrival, told, error)
 
 
-def _arrival(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) -> Arrival | None:
+def _tell(told: asyncio.Future[Settled | None], settled: Settled | None) -> None:
+    if not told.done():  # else whoever waited has left
+        told.set_result(settled)
+
+
+def _settle(
+    arrival: Arrival,
+    told: Callable[[Settled | None], None],
+    stored: Settled | WakeError | None,
+) -> None:
+    """Tell how a request is settled: it is stored, or why it cannot be, or it is not accepted."""
+    settled = (
+        deliveries.refused_by_storage(arrival, stored) if isinstance(stored, WakeError) else stored
+    )
+    told(settled)
+    if settled and not (settled.is_recorded and _is_use_noted(arrival)):
+        _do_afterwards(settled, arrival)
+
+
+def _arrival(scope: HTTPScope, path: str, body: bytes) -> Arrival | None:
     """Return a request whose credential is right, or None where the other way is to take it."""
+    try:
+        return _arrival_of(scope, path, body)
+    except Exception:  # whatever it is, the view finds it too, and answers it
+        return None
+
+
+def _arrival_of(scope: HTTPScope, path: str, body: bytes) -> Arrival | None:
     now, began, snapshot = datetime.now(UTC), time.monotonic(), hooks()
-    if len(body) > snapshot.max_body_bytes:
+    headers = _headers(scope)
+    if len(body) > snapshot.max_body_bytes or not _is_plain(headers):
         return None
     if path not in ENDPOINTS and any(
         mapping.transform for mapping in on_path(snapshot.mappings, path)
     ):
         return None  # anybody's code: it may take its time, and is to be called once
-    try:
-        query: dict[str, str] = {}
-        if scope["query_string"]:
-            # Decoded as Django does: what is not UTF-8 is refused.
-            query = QueryDict(scope["query_string"].decode()).dict()
-            refuse_in_query(query)
-        credential = credential_of(snapshot, path, headers, lambda: body, now)
-        if credential is None:
-            return None
-    except Exception:  # whatever it is, the view finds it too, and answers it
+    query: dict[str, str] = {}
+    if scope["query_string"]:
+        # Decoded as Django does: what is not UTF-8 is refused.
+        query = QueryDict(scope["query_string"].decode()).dict()
+        refuse_in_query(query)
+    credential = credential_of(snapshot, path, headers, lambda: body, now)
+    if credential is None:
         return None
     return Arrival(
         path=path,
@@ -156,11 +230,13 @@ def _arrival(scope: HTTPScope, path: str, headers: dict[str, str], body: bytes) 
     )
 
 
-def _hook_path(scope: HTTPScope) -> str | None:
+def _hook_path(scope: Scope) -> str | None:
     """Return the hook's path below the base path, or None where Django is to look first.
 
     That is what its middleware would answer: a NUL character.
     """
+    if scope["type"] != "http" or not writer.is_running:
+        return None
     if scope["method"] != "POST" or b"%00" in scope["query_string"] or "\0" in scope["path"]:
         return None
     return hooks().relative_path(scope["path"].removeprefix(scope.get("root_path", "")))
@@ -215,35 +291,28 @@ def _again(event: ASGIReceiveEvent, receive: ASGIReceiveCallable) -> ASGIReceive
     return receive_again
 
 
-async def _settled(arrival: Arrival) -> Settled | None:
-    """Return a request settled: once it is stored, or with why it cannot be.
-
-    None when it is not accepted.
-    """
-    try:
-        return await writer.put(arrival)
-    except WakeError as error:
-        return deliveries.refused_by_storage(arrival, error)
+# What is under way of that, and how many deliveries are not recorded, since that was last said.
+_under_way: Final[set[Future[None]]] = set()
+_left_out = 0
 
 
-_under_way = 0
-_left_out = 0  # deliveries that are not recorded, since that was last said
-
-
-async def _do_afterwards(settled: Settled, arrival: Arrival) -> None:
+def _do_afterwards(settled: Settled, arrival: Arrival) -> None:
     """Record what was not recorded with the event, and note the use of the token."""
-    global _under_way, _left_out
-    if _under_way >= MOST_AFTERWARDS:
+    global _left_out
+    if len(_under_way) >= MOST_AFTERWARDS:
         _left_out += not settled.is_recorded
         return
-    _under_way += 1
-    try:
-        if not settled.is_recorded:
-            await call_in(_afterwards, deliveries.record, settled.draft)
-        if not _is_use_noted(arrival):
-            await call_in(_afterwards, _note_use, arrival)
-    finally:
-        _under_way -= 1
+    doing = _afterwards.submit(on_kept_connection, _do, settled, arrival)
+    _under_way.add(doing)
+    doing.add_done_callback(_under_way.discard)
+
+
+def _do(settled: Settled, arrival: Arrival) -> None:
+    global _left_out
+    if not settled.is_recorded:
+        deliveries.record(settled.draft)
+    if not _is_use_noted(arrival):
+        _note_use(arrival)
     if _left_out:
         logger.warning("hooks: %d deliveries are not recorded: too many waited", _left_out)
         _left_out = 0
@@ -259,12 +328,18 @@ def _note_use(arrival: Arrival) -> None:
         note_use(arrival.credential, arrival.received_at)
 
 
-async def _send(answer: Answer, scope: HTTPScope, send: ASGISendCallable) -> None:
+def _encoded(answer: Answer) -> tuple[bytes, list[tuple[bytes, bytes]]]:
+    """Return an answer's body and its own headers."""
     body = msgspec.json.encode(answer.body)
     own = [(b"content-length", b"%d" % len(body))]
     if answer.retry_after_seconds is not None:
         own.append((b"retry-after", b"%d" % answer.retry_after_seconds))
-    extensions: Mapping[str, Any] = scope.get("extensions") or {}
+    return body, own
+
+
+async def _send(answer: Answer, scope: Scope, send: ASGISendCallable) -> None:
+    body, own = _encoded(answer)
+    extensions = cast("Mapping[str, Any]", scope.get("extensions") or {})
     if whole := extensions.get(WHOLE_ANSWER):
         write: WriteWhole = whole["write"]
         if write(scope, answer.status, _standing_lines() + header_lines(own), body):

@@ -1,12 +1,17 @@
-"""What the server lets a client send before anybody has looked at it, and how it writes answers."""
+"""What the server lets a client send before anybody has looked at it, and how it writes answers.
+
+An application may take requests that are there whole, and answer them later, without a task for
+each: half of what the server does for a short request is about being able to wait for the rest.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable, Sequence
-from typing import Any, Final, Protocol
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import Any, Final, Protocol, cast
 
-from asgiref.typing import Scope
+from asgiref.typing import ASGI3Application, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD_BYTES: Final = 64 * 1024
@@ -28,9 +33,28 @@ class WriteWhole(Protocol):
     def __call__(self, scope: Scope, status: int, head: bytes, body: bytes) -> bool: ...
 
 
+# Writes the answer of a request: status, header lines (the body's length among them), body.
+WriteAnswer = Callable[[int, bytes, bytes], None]
+# Has a request served by an application as ASGI has it.
+Otherwise = Callable[[ASGI3Application], None]
+
+
+class TakesWhole(Protocol):
+    """An ASGI application that is asked first about requests that are there whole."""
+
+    def take_whole(
+        self, scope: Scope, body: bytes, answer: WriteAnswer, otherwise: Otherwise
+    ) -> bool:
+        """Return whether this takes the request: then it calls one of the two, once, later on."""
+
+
 def header_lines(headers: Iterable[tuple[bytes, bytes]]) -> bytes:
     """Return headers as they are written. They are known to be free of line ends."""
     return b"".join(b"%b: %b\r\n" % header for header in headers)
+
+
+def _nothing() -> None:
+    pass
 
 
 class _Gathered:
@@ -92,6 +116,13 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._extensions: dict[str, dict[object, object]] = {
             WHOLE_ANSWER: {"write": self._write_whole}
         }
+        # Who is asked first, the request that waits for its body meanwhile, and until when: what
+        # comes later, or is to be logged, is served as ASGI has it.
+        self._taker: TakesWhole | None = None
+        if not self.access_log and hasattr(self.app, "take_whole"):
+            self._taker = self.app
+        self._unstarted: Any = None
+        self._is_receiving = False
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         super().connection_made(transport)
@@ -120,7 +151,14 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             if self._head_bytes > MAX_HEAD_BYTES:
                 self.send_400_response("The request's headers are too large.")
                 return
-        super().data_received(data)
+        self._is_receiving = True
+        try:
+            super().data_received(data)
+        finally:
+            self._is_receiving = False
+            if cycle := self._unstarted:
+                self._unstarted = None
+                self._start_asgi_task(cycle, self.app)
         # Most heads come whole: a timer for each would take longer than to parse it.
         if self._is_in_head and (self.cycle is None or self.cycle.response_complete):
             self._await_head()  # else an answer that is under way would be cut off
@@ -138,6 +176,22 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             return
         super().on_headers_complete()
         self.scope["extensions"] = self._extensions
+
+    def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        if self._is_receiving and self._taker and app is self.app:
+            self._unstarted = cycle
+        else:
+            super()._start_asgi_task(cycle, app)
+
+    def on_message_complete(self) -> None:
+        super().on_message_complete()
+        cycle: Any = self._unstarted
+        if cycle is None or cycle is not self.cycle or self._taker is None:
+            return
+        answer, otherwise = partial(self._answer, cycle), partial(self._start_asgi_task, cycle)
+        scope = cast("Scope", cycle.scope)
+        if self._taker.take_whole(scope, bytes(cycle.body), answer, otherwise):
+            self._unstarted = None
 
     # One timer for a connection that stays, instead of one for each of its answers.
 
@@ -170,26 +224,35 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             super().timeout_keep_alive_handler()
 
     def _write_whole(self, scope: Scope, status: int, head: bytes, body: bytes) -> bool:
-        """Do what the cycle's `send` does for an answer on a connection that stays.
+        cycle = self.cycle
+        # Else the next request is here already, or the answer is to be sent in its own time.
+        is_next = cycle.scope is scope and not cycle.response_started
+        if not is_next or cycle.access_log or cycle.flow.write_paused:
+            return False
+        self._answer(cycle, status, head, body)
+        return True
+
+    def _answer(self, cycle: Any, status: int, head: bytes, body: bytes) -> None:
+        """Do what the cycle's `send` does, for an answer that is there whole.
 
         That takes each header apart and looks whether it may be sent, for every answer anew.
         """
-        cycle = self.cycle
-        if cycle.scope is not scope:
-            return False  # the next request is here already
-        if cycle.disconnected or not cycle.keep_alive or cycle.flow.write_paused:
-            return False
-        if cycle.response_started or cycle.access_log:
-            return False
+        if cycle.disconnected:
+            return
         if cycle.default_headers is not self._server_headers:
             self._server_headers = cycle.default_headers
             self._server_lines = header_lines(cycle.default_headers)
-        lines = self._server_lines
-        self.transport.write(b"%b%b%b\r\n%b" % (STATUS_LINE[status], lines, head, body))
+        if not cycle.keep_alive:
+            head += b"connection: close\r\n"
+        self.transport.write(
+            b"%b%b%b\r\n%b" % (STATUS_LINE[status], self._server_lines, head, body)
+        )
         cycle.response_started = cycle.response_complete = True
         cycle.message_event.set()
+        if not cycle.keep_alive:
+            self.transport.close()
         cycle.on_response()
-        return True
+        cycle.on_response = _nothing  # else the two know each other until the collector comes
 
     def handle_websocket_upgrade(self) -> None:
         self.transport.flush()

@@ -39,9 +39,19 @@ logger = logging.getLogger(__name__)
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
-_Waiting = tuple[Job, asyncio.Future[Result]]
-# What is stored together, and the lock of who gives way until it is.
-_Batch = tuple[list[_Waiting[Job, Result]], "threading.Lock | None"]
+
+
+class _Batch(Generic[Job, Result]):
+    """Jobs that are stored together, who is told of each, and the lock of who gives way until then.
+
+    They are told once.
+    """
+
+    def __init__(self, gathered: Sequence[tuple[Job, Callable[[Result | WakeError], None]]]):
+        self.jobs = [job for job, _ in gathered]
+        self.told = [told for _, told in gathered]
+        self.written: threading.Lock | None = None
+        self.is_told = False
 
 
 class BatchingWriter(Generic[Job, Result]):
@@ -49,7 +59,7 @@ class BatchingWriter(Generic[Job, Result]):
 
     A result may be a WakeError: that job's alone. When `write` raises, whatever it is, no job of
     that batch is stored, and all others are. Jobs are stored in the order in which they were put
-    in. `put` is called on one event loop.
+    in. `put` is called on one event loop, and there the results are told.
     """
 
     def __init__(
@@ -63,9 +73,9 @@ class BatchingWriter(Generic[Job, Result]):
         self._most_at_once = most_at_once
         self._most_waiting = most_waiting
         self._batches: SimpleQueue[_Batch[Job, Result] | None] = SimpleQueue()
-        # What is not handed over yet, and who waits for what the thread has been given.
-        self._gathered: list[_Waiting[Job, Result]] = []
-        self._under_way: set[asyncio.Future[Result]] = set()
+        # What is not handed over yet, and what the thread has been given.
+        self._gathered: list[tuple[Job, Callable[[Result | WakeError], None]]] = []
+        self._under_way: list[_Batch[Job, Result]] = []
         self._answered_last = 0  # how many were told together, last
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_running = False
@@ -80,7 +90,7 @@ class BatchingWriter(Generic[Job, Result]):
     @property
     def waiting(self) -> int:
         """How many jobs are not stored yet."""
-        return len(self._gathered) + len(self._under_way)
+        return len(self._gathered) + sum(len(batch.jobs) for batch in self._under_way)
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -89,7 +99,7 @@ class BatchingWriter(Generic[Job, Result]):
         What is not stored 10 s after the end is given up: who waits is told so.
         """
         batches = self._batches = SimpleQueue()
-        self._gathered, self._under_way, self._answered_last = [], set(), 0
+        self._gathered, self._under_way, self._answered_last = [], [], 0
         thread = threading.Thread(target=self._serve, args=(batches,), name="writer", daemon=True)
         thread.start()
         self._is_running = True
@@ -99,31 +109,28 @@ class BatchingWriter(Generic[Job, Result]):
             with self._lock:
                 self._is_running = False
                 while self._gathered:
-                    batches.put((self._take(), None))
+                    batches.put(self._take())
                 batches.put(None)
             thread.join(JOIN_SECONDS)
             if thread.is_alive():
                 self._give_up(batches)
 
-    async def put(self, job: Job) -> Result:
-        """Return the job's result once it is committed. Who leaves meanwhile has it stored too.
+    def put(self, job: Job, told: Callable[[Result | WakeError], None]) -> None:
+        """Have a job stored, and be told its result once it is committed.
 
-        Raises the WakeError that is its result, and StorageUnavailable: too many wait already, the
-        writer has stopped, or its batch failed.
+        That may be a WakeError; StorageUnavailable when its batch failed. Raises StorageUnavailable
+        when too many wait already, or the writer has stopped.
         """
-        loop = asyncio.get_running_loop()
         with self._lock:
             if not self._is_running:
                 raise StorageUnavailable("the gateway is stopping; try again")
             if self.waiting >= self._most_waiting:
                 raise StorageUnavailable("too much is waiting to be stored; try again")
-            done: asyncio.Future[Result] = loop.create_future()
-            self._loop = loop
-            self._gathered.append((job, done))
+            self._gathered.append((job, told))
             is_first = len(self._gathered) == 1
         if is_first and not self._under_way:
-            loop.call_soon(self._hand_over, 0, 0)
-        return await done
+            self._loop = asyncio.get_running_loop()
+            self._loop.call_soon(self._hand_over, 0, 0)
 
     def _hand_over(self, known: int, quiet_turns: int) -> None:
         """Hand over what has gathered, once nothing more comes; `known` came a turn ago or before.
@@ -144,22 +151,24 @@ class BatchingWriter(Generic[Job, Result]):
         with self._lock:
             if not self._gathered:  # the end came first, and handed them over
                 return
-            self._batches.put((self._take(), written))
+            batch = self._take()
+            batch.written = written
+            self._batches.put(batch)
         written.acquire(timeout=GIVE_WAY_SECONDS)
 
-    def _take(self) -> list[_Waiting[Job, Result]]:
+    def _take(self) -> _Batch[Job, Result]:
         """Return what has gathered first, as many as are stored at once; the rest stays."""
         taken = self._gathered[: self._most_at_once]
         del self._gathered[: self._most_at_once]
-        self._under_way.update(done for _, done in taken)
-        return taken
+        batch: _Batch[Job, Result] = _Batch(taken)
+        self._under_way.append(batch)
+        return batch
 
     def _serve(self, batches: SimpleQueue[_Batch[Job, Result] | None]) -> None:
-        while (handed := batches.get()) is not None:
-            batch, written = handed
-            self._tell_on_loop([done for _, done in batch], self._stored([job for job, _ in batch]))
-            if written:
-                written.release()
+        while (batch := batches.get()) is not None:
+            self._tell_on_loop(batch, self._stored(batch.jobs))
+            if batch.written:
+                batch.written.release()
         connections.close_all()
 
     def _stored(self, jobs: Sequence[Job]) -> Sequence[Result | WakeError]:
@@ -180,30 +189,30 @@ class BatchingWriter(Generic[Job, Result]):
             while True:
                 batches.get_nowait()
         batches.put(None)
-        left = list(self._under_way)
-        self._tell_on_loop(left, [_unavailable() for _ in left])
+        for batch in list(self._under_way):
+            self._tell_on_loop(batch, [_unavailable() for _ in batch.jobs])
 
     def _tell_on_loop(
-        self, waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | WakeError]
+        self, batch: _Batch[Job, Result], results: Sequence[Result | WakeError]
     ) -> None:
         if self._loop is not None:
             with contextlib.suppress(RuntimeError):  # the loop is gone, and who waited with it
-                self._loop.call_soon_threadsafe(self._tell, waiting, results)
+                self._loop.call_soon_threadsafe(self._tell, batch, results)
 
-    def _tell(
-        self, waiting: Sequence[asyncio.Future[Result]], results: Sequence[Result | WakeError]
-    ) -> None:
-        self._under_way.difference_update(waiting)
-        self._answered_last = len(waiting)
+    def _tell(self, batch: _Batch[Job, Result], results: Sequence[Result | WakeError]) -> None:
+        if batch.is_told:
+            return
+        batch.is_told = True
+        with contextlib.suppress(ValueError):  # of an earlier time that this ran
+            self._under_way.remove(batch)
+        self._answered_last = len(batch.told)
         if self._gathered:
             asyncio.get_running_loop().call_soon(self._hand_over, 0, 0)
-        for done, result in zip(waiting, results, strict=True):
-            if done.done():  # whoever waited has left
-                continue
-            if isinstance(result, WakeError):
-                done.set_exception(result)
-            else:
-                done.set_result(result)
+        for told, result in zip(batch.told, results, strict=True):
+            try:
+                told(result)
+            except Exception:  # the others wait, too
+                logger.exception("writer: the result of a job could not be told")
 
 
 def _unavailable() -> StorageUnavailable:

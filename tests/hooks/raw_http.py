@@ -23,6 +23,7 @@ async def serving(
         lifespan="off",
         log_config=None,
         access_log=access_log,
+        proxy_headers=False,
         timeout_graceful_shutdown=1,
     )
     server = uvicorn.Server(config)

@@ -34,6 +34,7 @@ from tests.hooks.raw_http import chunk
 from tests.live import LiveGateway
 from tests.wake.gateway_server import serving
 from wake import metrics
+from wake.http_protocol import BoundedHeadProtocol
 from wake.models import GatewaySettings, Session, SystemEvent, Tally
 
 pytestmark = pytest.mark.django_db(transaction=True)
@@ -69,16 +70,21 @@ def transform(payload: Any, headers: Any, query: Any, path: Any) -> dict[str, An
 
 @dataclass(frozen=True)
 class Site:
-    """The site on a real socket; `by_django` are the paths that the view was asked for."""
+    """The site on real sockets; `by_django` are the paths that the view was asked for.
+
+    `port` is the gateway's own server, `other_port` one that knows nothing but ASGI.
+    """
 
     port: int
+    other_port: int
     token: str
     limited: str
     by_django: list[str]
 
-    def ask(self, request: Request) -> tuple[int, dict[str, str], Any]:
+    def ask(self, request: Request, *, by_other: bool = False) -> tuple[int, dict[str, str], Any]:
         """Send a request and return status, headers and the body, without what differs always."""
-        with socket.create_connection(("127.0.0.1", self.port), 10) as connected:
+        port = self.other_port if by_other else self.port
+        with socket.create_connection(("127.0.0.1", port), 10) as connected:
             parts = list(request.parts(self))
             for part in parts if request.slow else [b"".join(parts)]:
                 connected.sendall(part)
@@ -181,9 +187,13 @@ def site() -> Iterator[Site]:
         by_django.append(cast("Any", scope)["path"])
         await django(scope, receive, send)
 
-    with serving(HookLane(BodyLimit(counted))) as url:
-        port = int(url.rstrip("/").rsplit(":", 1)[1])
-        yield Site(port, tokens.create("tests")[1], shown, by_django)
+    application = HookLane(BodyLimit(counted))
+    with serving(application, http=BoundedHeadProtocol) as own, serving(application) as other:
+        yield Site(_port(own), _port(other), tokens.create("tests")[1], shown, by_django)
+
+
+def _port(url: str) -> int:
+    return int(url.rstrip("/").rsplit(":", 1)[1])
 
 
 def stored(records: int) -> Any:
@@ -318,15 +328,16 @@ def test_both_ways_answer_and_store_the_same(site: Site, name: str) -> None:
     by_view = site.ask(request)
     records = HookDelivery.objects.count() if by_view[0] != 200 else 1
     expected = stored(records)
-    forget()
-    _called.clear()
-    site.by_django.clear()
-    with lane.running():
-        by_lane = site.ask(request)
-        assert by_lane == by_view
-        assert stored(len(expected["deliveries"])) == expected
-    assert (site.by_django == []) is request.takes_lane
-    assert len(_called) <= 1
+    for by_other in (False, True):
+        forget()
+        _called.clear()
+        site.by_django.clear()
+        with lane.running():
+            by_lane = site.ask(request, by_other=by_other)
+            assert by_lane == by_view
+            assert stored(len(expected["deliveries"])) == expected
+        assert (site.by_django == []) is request.takes_lane
+        assert len(_called) <= 1
     if by_view[0] == 200:
         assert {"content-security-policy", "x-content-type-options", "allow"} <= by_view[1].keys()
 

@@ -127,7 +127,7 @@ async def test_a_connection_that_does_not_stay_is_told_so_and_closed(request_: b
         with contextlib.closing(writer):
             writer.write(request_)
             answer = await asyncio.wait_for(reader.read(), 5)
-    assert application.whole == [False]
+    assert application.whole == [True]
     assert b"\r\nconnection: close\r\n" in answer
     assert answer.endswith(b"whole1")
 
@@ -140,3 +140,141 @@ async def test_an_answer_that_is_logged_is_sent_as_asgi_has_it() -> None:
             writer.write(get("/whole1"))
             await asyncio.wait_for(reader.readuntil(b"whole1"), 5)
     assert application.whole == [False]
+
+
+class Later(Whole):
+    """Takes requests that are there whole, and answers them later, with the path and the body.
+
+    `/other…` it serves as ASGI has it, after all; `/mine…` it does not take.
+    """
+
+    def __init__(self, seconds: float = 0.05) -> None:
+        super().__init__()
+        self.seconds = seconds
+        self.taken: list[tuple[str, bytes]] = []
+        self.served: list[tuple[str, bytes]] = []
+
+    def take_whole(self, scope: Any, body: bytes, answer: Any, otherwise: Any) -> bool:
+        path = scope["path"]
+        if path.startswith("/mine"):
+            return False
+        self.taken.append((path, body))
+        text = path.encode()[-6:] + body
+        lines = header_lines([(b"x-one", b"1"), (b"content-length", b"%d" % len(text))])
+        loop = asyncio.get_running_loop()
+        if path.startswith("/other"):
+            loop.call_later(self.seconds, otherwise, self)
+        else:
+            loop.call_later(self.seconds, answer, 202, lines, text)
+        return True
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        body, more = b"", True
+        while more:
+            event = await receive()
+            body, more = body + event.get("body", b""), event.get("more_body", False)
+        self.served.append((scope["path"], body))
+        await super().__call__(scope, receive, send)
+
+
+def post(path: str, body: bytes, *lines: str, version: str = "1.1") -> bytes:
+    head = [f"POST {path} HTTP/{version}", "Host: localhost", f"Content-Length: {len(body)}"]
+    return "\r\n".join([*head, *lines, "", ""]).encode() + body
+
+
+async def test_who_takes_requests_whole_answers_as_asgi_would() -> None:
+    application = Later()
+    answers = []
+    async with serving(application, BoundedHeadProtocol, access_log=False) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            for path in ["/other1", "/mine12", "/taken1"] * 5:
+                writer.write(post(path, b""))
+                answer = await asyncio.wait_for(reader.readuntil(path[-6:].encode()), 5)
+                answers.append(re.sub(rb"date: [^\r]+|[a-z0-9]+$", b"", answer))
+    assert application.taken == [("/other1", b""), ("/taken1", b"")] * 5
+    assert application.served == [("/other1", b""), ("/mine12", b"")] * 5
+    assert len(set(answers)) == 1
+
+
+async def test_a_request_that_comes_in_parts_is_served_as_asgi_has_it() -> None:
+    application = Later()
+    async with serving(application, BoundedHeadProtocol, access_log=False) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            writer.write(post("/taken1", b"body")[:-2])
+            await asyncio.sleep(0.05)
+            writer.write(b"dy")
+            await asyncio.wait_for(reader.readuntil(b"taken1"), 5)
+    assert (application.taken, application.served) == ([], [("/taken1", b"body")])
+
+
+async def test_what_is_logged_is_served_as_asgi_has_it() -> None:
+    application = Later()
+    async with serving(application, BoundedHeadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            writer.write(post("/taken1", b"body"))
+            await asyncio.wait_for(reader.readuntil(b"taken1"), 5)
+    assert (application.taken, application.served) == ([], [("/taken1", b"body")])
+
+
+async def test_whoever_takes_what_comes_together_it_is_answered_in_its_order() -> None:
+    application = Later()
+    paths = [f"/{kind}{number}" for number, kind in enumerate(["taken", "mine1", "other", "whole"])]
+    async with serving(application, BoundedHeadProtocol, access_log=False) as port:
+        for turn in range(len(paths)):
+            paths = [*paths[1:], paths[0]]
+            reader, writer = await asyncio.open_connection("127.0.0.1", port)
+            with contextlib.closing(writer):
+                writer.write(b"".join(post(path, b"") for path in paths))
+                found = await asyncio.wait_for(reader.readuntil(paths[-1][-6:].encode()), 5)
+            text = found.decode()
+            assert re.findall(r"(?:taken|mine1|other|whole)\d", text) == [
+                path[1:] for path in paths
+            ], turn
+            assert text.count("HTTP/1.1 202") == len(paths)
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [post("/taken1", b"!", "Connection: close"), post("/taken1", b"!", version="1.0")],
+    ids=["close", "1.0"],
+)
+async def test_who_takes_requests_whole_closes_what_does_not_stay(request_: bytes) -> None:
+    application = Later()
+    async with serving(application, BoundedHeadProtocol, access_log=False) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            writer.write(request_)
+            answer = await asyncio.wait_for(reader.read(), 5)
+    assert application.taken
+    assert b"\r\nconnection: close\r\n" in answer
+    assert answer.endswith(b"taken1!")
+
+
+async def test_a_server_that_stops_answers_what_was_taken() -> None:
+    application = Later(0.5)
+    async with serving(application, BoundedHeadProtocol, access_log=False) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(post("/taken1", b"!"))
+        await asyncio.sleep(0.02)
+        assert application.taken
+    with contextlib.closing(writer):
+        answer = await asyncio.wait_for(reader.read(), 5)
+    assert b"\r\nconnection: close\r\n" in answer
+    assert answer.endswith(b"taken1!")
+
+
+async def test_who_leaves_before_the_answer_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
+    application = Later()
+    async with serving(application, BoundedHeadProtocol, access_log=False) as port:
+        for path in ("/taken1", "/other1") * 10:
+            _, writer = await asyncio.open_connection("127.0.0.1", port)
+            writer.write(post(path, b"!"))
+            await writer.drain()
+            await asyncio.sleep(0.01)
+            writer.transport.abort()
+        await asyncio.sleep(0.3)
+    assert len(application.taken) == 20
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]

@@ -26,7 +26,11 @@ Json = dict[str, Any]
 
 @contextmanager
 def serving(
-    application: Any, *, ws: Any = GatewayWebSocketProtocol, ws_max_size: int = MAX_HANDSHAKE_BYTES
+    application: Any,
+    *,
+    http: Any = "auto",
+    ws: Any = GatewayWebSocketProtocol,
+    ws_max_size: int = MAX_HANDSHAKE_BYTES,
 ) -> Iterator[str]:
     """Serve an ASGI application with uvicorn on a thread, and give its ws:// URL."""
     listening = socket.create_server(("127.0.0.1", 0))
@@ -36,6 +40,8 @@ def serving(
             lifespan="off",
             log_config=None,
             access_log=False,
+            proxy_headers=False,
+            http=http,
             ws=ws,
             ws_max_size=ws_max_size,
             timeout_graceful_shutdown=1,

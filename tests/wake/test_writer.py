@@ -7,6 +7,7 @@ import contextlib
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any, TypeVar
 
 import pytest
 from asgiref.sync import sync_to_async
@@ -18,6 +19,8 @@ from wake.dispatch import Receipt, WakeRequest, dispatch_batch
 from wake.errors import Refused, StorageUnavailable, WakeError
 from wake.models import SystemEvent
 from wake.writer import BatchingWriter
+
+T = TypeVar("T")
 
 
 class Desk:
@@ -61,12 +64,22 @@ async def until(condition: Callable[[], object]) -> None:
         await asyncio.sleep(0.001)
 
 
+async def put(writer: BatchingWriter[Any, T], job: Any) -> T:
+    """Put a job in and return its result; raise it where it is an error."""
+    told: asyncio.Future[T | WakeError] = asyncio.get_running_loop().create_future()
+    writer.put(job, lambda result: None if told.done() else told.set_result(result))
+    result = await told
+    if isinstance(result, WakeError):
+        raise result
+    return result
+
+
 async def held(desk: Desk, writer: BatchingWriter[int, int], *jobs: int) -> list[asyncio.Task[int]]:
     """Put jobs in while the desk holds the first one, and return who waits for them."""
     desk.is_open.clear()
-    waiting = [asyncio.create_task(writer.put(0))]
+    waiting = [asyncio.create_task(put(writer, 0))]
     await until(lambda: desk.batches)
-    waiting += [asyncio.create_task(writer.put(job)) for job in jobs]
+    waiting += [asyncio.create_task(put(writer, job)) for job in jobs]
     await asyncio.sleep(0.01)
     return waiting
 
@@ -85,7 +98,7 @@ async def test_an_idle_writer_waits_for_nobody(desk: Desk) -> None:
     async with running(writer), asyncio.timeout(10):
         began = time.monotonic()
         for job in range(100):
-            assert await writer.put(job) == job * 2
+            assert await put(writer, job) == job * 2
         assert time.monotonic() - began < 0.5
     assert desk.batches == [[job] for job in range(100)]
 
@@ -118,7 +131,7 @@ async def test_a_batch_that_fails_fails_alone(desk: Desk, error: BaseException) 
         assert results[0] == 0
         assert all(isinstance(result, StorageUnavailable) for result in results[1:])
         assert len(set(map(id, results[1:]))) == 3, "each has its own: it is raised three times"
-        assert await writer.put(4) == 8
+        assert await put(writer, 4) == 8
 
 
 async def test_too_few_results_leave_nobody_waiting(desk: Desk) -> None:
@@ -131,15 +144,29 @@ async def test_too_few_results_leave_nobody_waiting(desk: Desk) -> None:
     assert [type(result) for result in results[1:]] == [StorageUnavailable] * 2
 
 
+async def test_who_fails_when_told_keeps_nobody_else_from_it(
+    desk: Desk, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(result: int | WakeError) -> None:
+        raise RuntimeError("a defect")
+
+    writer = BatchingWriter(desk.write)
+    async with running(writer), asyncio.timeout(10):
+        writer.put(1, fail)
+        assert await put(writer, 2) == 4
+    assert desk.batches == [[1, 2]]
+    assert "a defect" in caplog.text
+
+
 async def test_over_the_limit_nothing_is_taken(desk: Desk) -> None:
     writer = BatchingWriter(desk.write, most_waiting=3)
     async with running(writer), asyncio.timeout(10):
         waiting = await held(desk, writer, 1, 2)
         with pytest.raises(StorageUnavailable, match="too much is waiting"):
-            await writer.put(3)
+            await put(writer, 3)
         desk.is_open.set()
         assert await asyncio.gather(*waiting) == [0, 2, 4]
-        assert await writer.put(4) == 8
+        assert await put(writer, 4) == 8
     assert 3 not in desk.taken
 
 
@@ -151,7 +178,7 @@ async def test_who_leaves_is_written_all_the_same_and_counts_until_then(desk: De
         with pytest.raises(asyncio.CancelledError):
             await waiting[1]
         with pytest.raises(StorageUnavailable):
-            await writer.put(3)
+            await put(writer, 3)
         desk.is_open.set()
         assert await asyncio.gather(*waiting[::2]) == [0, 4]
     assert desk.taken == [0, 1, 2]
@@ -173,9 +200,9 @@ async def test_after_the_stop_nothing_is_taken(desk: Desk) -> None:
         pass
     async with asyncio.timeout(1):
         with pytest.raises(StorageUnavailable, match="stopping"):
-            await writer.put(1)
+            await put(writer, 1)
     async with running(writer), asyncio.timeout(10):
-        assert await writer.put(2) == 4
+        assert await put(writer, 2) == 4
 
 
 async def test_a_stop_that_takes_too_long_leaves_nobody_waiting(
@@ -190,7 +217,7 @@ async def test_a_stop_that_takes_too_long_leaves_nobody_waiting(
     assert [type(result) for result in results] == [StorageUnavailable] * 3
     desk.is_open.set()
     async with running(writer), asyncio.timeout(10):
-        assert await writer.put(4) == 8
+        assert await put(writer, 4) == 8
     assert desk.taken == [0, 4], "what was given up is not written later"
 
 
@@ -215,7 +242,7 @@ async def test_wakes_that_wait_share_a_transaction() -> None:
     async with asyncio.timeout(10):
         waiting = []
         for text in texts:
-            waiting.append(asyncio.create_task(writer.put(WakeRequest(text, "cli"))))
+            waiting.append(asyncio.create_task(put(writer, WakeRequest(text, "cli"))))
             await until(lambda: written)
         await asyncio.sleep(0.01)
         is_open.set()
@@ -237,7 +264,7 @@ async def test_who_was_answered_together_is_written_together_again(desk: Desk) -
 
     async def client(number: int) -> None:
         for _ in range(20):
-            assert await writer.put(number) == number * 2
+            assert await put(writer, number) == number * 2
             for _ in range(number):  # its next one comes a turn later than its neighbour's
                 await asyncio.sleep(0)
 
@@ -255,11 +282,11 @@ async def test_the_event_loop_gives_way_for_a_moment_only(
     async with running(writer), asyncio.timeout(10):
         desk.is_open.clear()
         began = time.monotonic()
-        waiting = [asyncio.create_task(writer.put(job)) for job in range(3)]
+        waiting = [asyncio.create_task(put(writer, job)) for job in range(3)]
         await until(lambda: desk.batches)
         assert 0.2 <= time.monotonic() - began < 1, "it waited for the writer, and then went on"
         began = time.monotonic()
-        waiting += [asyncio.create_task(writer.put(job)) for job in range(3, 6)]
+        waiting += [asyncio.create_task(put(writer, job)) for job in range(3, 6)]
         await asyncio.sleep(0.01)
         assert time.monotonic() - began < 0.1, "it waits for no batch behind another"
         desk.is_open.set()
