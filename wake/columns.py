@@ -8,12 +8,15 @@ from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache, lru_cache
 from itertools import chain
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar
 from uuid import UUID
 
 import msgspec
 from django.db import DEFAULT_DB_ALIAS, DatabaseError, connection, connections, transaction
 from django.db.models import Model
+
+if TYPE_CHECKING:
+    from wake.pipeline import Pipeline
 
 T = TypeVar("T")
 
@@ -265,6 +268,8 @@ def fetch(statement: str, parameters: Sequence[Any]) -> list[Sequence[Any]]:
     """Return the rows of a statement."""
     database = _database()
     with database.wrap_database_errors:
+        if pipeline := _pipeline():
+            return pipeline.fetch(statement, parameters)
         rows: list[Sequence[Any]] = _run(database, statement, parameters).fetchall()
         return rows
 
@@ -273,6 +278,8 @@ def stream(statement: str, parameters: Sequence[Any], *, at_once: int) -> Iterat
     """Yield the rows of a statement, read a few at a time."""
     database = _database()
     with database.wrap_database_errors:
+        if pipeline := _pipeline():
+            pipeline.leave()
         cursor = _run(database, statement, parameters)
         while rows := cursor.fetchmany(at_once):
             yield from rows
@@ -285,7 +292,10 @@ def execute(statement: str, parameters: Sequence[Any]) -> None:
         return
     database = _database()
     with database.wrap_database_errors:
-        _run(database, statement, parameters)
+        if pipeline := _pipeline():
+            pipeline.send(statement, parameters)
+        else:
+            _run(database, statement, parameters)
 
 
 # What a thread's `as_one` has gathered.
@@ -340,8 +350,6 @@ def _joined(statements: tuple[str, ...]) -> str:
     return f"WITH {parts} {next(filter(_is_select, statements), 'SELECT')}"
 
 
-_PIPELINE_OFF: Final = 0  # libpq's own number
-
 # By thread, the connection on which PostgreSQL finds rows by indexes alone.
 _by_index = threading.local()
 
@@ -376,20 +384,44 @@ def pipelined_transaction() -> Iterator[None]:
     So they wait for its answer once, here or where a result is read, and there they fail; COMMIT
     goes with the last ones. They are prepared, and each finds its rows by an index: the server is
     not to read a table whole because that was small when the plan was made. (Elsewhere it makes a
-    plan each time.) Within another transaction it is a part of that.
+    plan each time.) Within another transaction it is a part of that. What Django itself sends
+    meanwhile waits for what was sent before.
     """
     with transaction.atomic():
         database = _database()
-        if is_sqlite() or not _is_used_directly(database):
+        if is_sqlite() or not _is_used_directly(database) or _pipeline():
             yield
             return
         is_outermost = len(database.atomic_blocks) == 1
-        with database.wrap_database_errors, database.connection.pipeline():
-            if not _is_by_index(database):
-                execute(f"SET LOCAL {_NO_TABLE_WHOLE}", [])
-            yield
-            if is_outermost and not database.needs_rollback:
-                execute("COMMIT", [])  # Django's own finds nothing left to do
+        from wake.pipeline import Pipeline
+
+        pipeline = Pipeline(database.connection)
+
+        def leave_first(execute: Callable[..., Any], *args: Any) -> Any:
+            pipeline.leave()
+            return execute(*args)
+
+        with database.wrap_database_errors:
+            _pipelines.of_thread = pipeline
+            try:
+                with database.execute_wrapper(leave_first):
+                    if not _is_by_index(database):
+                        execute(f"SET LOCAL {_NO_TABLE_WHOLE}", [])
+                    yield
+                if is_outermost and not database.needs_rollback:
+                    pipeline.send("COMMIT", ())  # Django's own finds nothing left to do
+                pipeline.leave()
+            finally:
+                _pipelines.of_thread = None
+                pipeline.abandon()
+
+
+# A thread's pipeline, while it has one.
+_pipelines = threading.local()
+
+
+def _pipeline() -> Pipeline | None:
+    return getattr(_pipelines, "of_thread", None)
 
 
 def _database() -> Any:
@@ -409,8 +441,7 @@ def _run(database: Any, statement: str, parameters: Sequence[Any]) -> Any:
         return cursor
     if is_sqlite():
         return database.connection.execute(_with_question_marks(statement), parameters)
-    is_pipelined = database.connection.info.pipeline_status != _PIPELINE_OFF
-    return _plain_cursor()(database.connection).execute(statement, parameters, prepare=is_pipelined)
+    return _plain_cursor()(database.connection).execute(statement, parameters, prepare=False)
 
 
 def _is_used_directly(database: Any) -> bool:

@@ -248,6 +248,74 @@ def test_a_failure_in_a_pipeline_is_a_database_error_and_undoes_all(is_read: boo
     Session.objects.create(agent_id="main", key="agent:main:a")  # the connection is as good as new
 
 
+def test_what_is_sent_after_a_failure_is_not_taken_for_done() -> None:
+    row = {"uid": columns.uuids()(uuid4()), **ALWAYS}  # columns are missing that may not be null
+    connection.ensure_connection()
+
+    def store() -> None:
+        with columns.pipelined_transaction():
+            with suppress(DatabaseError):
+                insert(tuple(row), [row])
+                columns.fetch("SELECT 1", [])
+            columns.fetch("SELECT 1", [])
+
+    if columns.is_sqlite():
+        store()
+    else:
+        with pytest.raises(DatabaseError):
+            store()
+    assert columns.fetch("SELECT 1", []) == [(1,)]
+
+
+def test_a_server_that_goes_away_in_a_pipeline_is_a_database_error() -> None:
+    if columns.is_sqlite():
+        pytest.skip("SQLite has no server")
+    connection.ensure_connection()
+    other = connection.copy()
+
+    def store() -> None:
+        with columns.pipelined_transaction():
+            ((pid,),) = columns.fetch("SELECT pg_backend_pid()", [])
+            with other.cursor() as cursor:
+                cursor.execute("SELECT pg_terminate_backend(%s, 5000)", [pid])
+            columns.execute("SELECT 1", [])
+            columns.fetch("SELECT 1", [])
+
+    try:
+        with pytest.raises(DatabaseError):
+            store()
+    finally:
+        other.close()
+    connection.close_if_unusable_or_obsolete()
+    with columns.pipelined_transaction():
+        Session.objects.create(agent_id="main", key="agent:main:a")
+    assert Session.objects.count() == 1
+
+
+def test_more_than_a_socket_holds_goes_through_a_pipeline_in_both_directions() -> None:
+    connection.ensure_connection()
+    text = "x" * 30_000_000
+    with columns.pipelined_transaction():
+        for _ in range(2):
+            columns.execute("SELECT %s || ''", [text])
+        given = columns.fetch("SELECT %s || ''", [text])
+    assert given == [(text,)]
+
+
+def test_what_django_asks_within_a_pipeline_sees_what_was_sent() -> None:
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
+    connection.ensure_connection()
+    with columns.pipelined_transaction():
+        for number in range(3):
+            row["uid"] = columns.uuids()(UUID(int=number + 1))
+            insert(tuple(row), [row])
+            assert HookDelivery.objects.count() == number + 1
+            Session.objects.create(agent_id="main", key=f"agent:main:{number}")
+            ((sessions,),) = columns.fetch("SELECT count(*) FROM wake_session", [])
+            assert sessions == number + 1
+    assert (HookDelivery.objects.count(), Session.objects.count()) == (3, 3)
+
+
 def test_a_transaction_that_is_to_be_undone_is_not_committed_in_a_pipeline() -> None:
     row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
     connection.ensure_connection()
