@@ -15,7 +15,6 @@ from asgiref.typing import ASGI3Application, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 
 MAX_HEAD_BYTES: Final = 64 * 1024
-MAX_GATHERED_BYTES: Final = 64 * 1024
 
 # A request's head must be complete so many seconds after it, or its connection, has begun.
 HEAD_SECONDS: Final = 30
@@ -57,44 +56,6 @@ def _nothing() -> None:
     pass
 
 
-class _Gathered:
-    """A transport whose writes go out together at the end of the event loop's turn.
-
-    An answer is written in two parts, and those of one commit are ready at the same moment. Each
-    write that finds its reader asleep wakes it, which takes longer than all the rest of it.
-    """
-
-    def __init__(self, transport: asyncio.Transport, loop: asyncio.AbstractEventLoop) -> None:
-        self.transport = transport
-        self._loop = loop
-        self._parts: list[bytes] = []
-        self._size = 0
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.transport, name)
-
-    def write(self, data: bytes) -> None:
-        """Write after what was written before."""
-        if not self._parts:
-            self._loop.call_soon(self.flush)
-        self._parts.append(data)
-        self._size += len(data)
-        # More is the transport's, which says when its reader does not keep up.
-        if self._size > MAX_GATHERED_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        """Write now."""
-        parts, self._parts, self._size = self._parts, [], 0
-        if parts and not self.transport.is_closing():  # else its client has left meanwhile
-            self.transport.write(parts[0] if len(parts) == 1 else b"".join(parts))
-
-    def close(self) -> None:
-        """Close after what was written."""
-        self.flush()
-        self.transport.close()
-
-
 class BoundedHeadProtocol(HttpToolsProtocol):
     """HTTP/1.1 whose request line and headers may take 64 KiB, and 30 s.
 
@@ -126,7 +87,6 @@ class BoundedHeadProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         super().connection_made(transport)
-        self.transport: Any = _Gathered(transport, self.loop)
         self._await_head()
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -253,11 +213,6 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             self.transport.close()
         cycle.on_response()
         cycle.on_response = _nothing  # else the two know each other until the collector comes
-
-    def handle_websocket_upgrade(self) -> None:
-        self.transport.flush()
-        self.transport = self.transport.transport  # its messages are an outbox's to gather
-        super().handle_websocket_upgrade()
 
     def _should_upgrade(self) -> bool:
         return super()._should_upgrade() and self._is_get()
