@@ -77,6 +77,7 @@ class BatchingWriter(Generic[Job, Result]):
         self._gathered: list[tuple[Job, Callable[[Result | WakeError], None]]] = []
         self._under_way: list[_Batch[Job, Result]] = []
         self._answered_last = 0  # how many were told together, last
+        self._expected = 0  # how many there are when all those have come back
         self._loop: asyncio.AbstractEventLoop | None = None
         self._is_running = False
         # Nothing is put in after the end was: nobody would ever take it.
@@ -99,7 +100,8 @@ class BatchingWriter(Generic[Job, Result]):
         What is not stored 10 s after the end is given up: who waits is told so.
         """
         batches = self._batches = SimpleQueue()
-        self._gathered, self._under_way, self._answered_last = [], [], 0
+        self._gathered, self._under_way = [], []
+        self._answered_last = self._expected = 0
         thread = threading.Thread(target=self._serve, args=(batches,), name="writer", daemon=True)
         thread.start()
         self._is_running = True
@@ -141,7 +143,7 @@ class BatchingWriter(Generic[Job, Result]):
         quiet_turns = 0 if count > known else quiet_turns + 1
         if (
             quiet_turns < min(self._answered_last // 2, MOST_QUIET_TURNS)
-            and count < self._most_at_once
+            and count < min(self._expected, self._most_at_once)
         ):
             os.sched_yield()  # who is about to send may need this core for it
             asyncio.get_running_loop().call_soon(self._hand_over, count, quiet_turns)
@@ -206,6 +208,7 @@ class BatchingWriter(Generic[Job, Result]):
         with contextlib.suppress(ValueError):  # of an earlier time that this ran
             self._under_way.remove(batch)
         self._answered_last = len(batch.told)
+        self._expected = len(self._gathered) + len(batch.told)
         if self._gathered:
             asyncio.get_running_loop().call_soon(self._hand_over, 0, 0)
         for told, result in zip(batch.told, results, strict=True):
