@@ -455,7 +455,7 @@ _PLAIN: Final[tuple[tuple[str, Any], ...]] = (
 
 def _record(drafts: Sequence[Draft]) -> None:
     """Store records, and forget the wrong credentials of their clients."""
-    moment, uuid, json = columns.moments(), columns.uuids(), columns.jsons()
+    moment, uuid = columns.moments(), columns.uuids()
     rows: list[tuple[Any, ...]] = [
         (
             uuid(draft.uid),
@@ -466,7 +466,7 @@ def _record(drafts: Sequence[Draft]) -> None:
             draft.path,
             draft.status,
             draft.outcome.value,
-            json(draft.answer),
+            columns.json_of(draft.answer),
         )
         for draft in drafts
     ]
@@ -483,9 +483,8 @@ def _record(drafts: Sequence[Draft]) -> None:
 
 def _rest(draft: Draft) -> tuple[Any, ...]:
     """Return what is stored in the columns of `_PLAIN`."""
-    json = columns.jsons()
     return (
-        json(draft.credential_mappings),
+        columns.json_of(draft.credential_mappings),
         draft.mapping_id,
         draft.mapping_name,
         draft.error,
@@ -493,8 +492,8 @@ def _rest(draft: Draft) -> tuple[Any, ...]:
         draft.replay_of_id,
         columns.flags()(draft.has_body),
         columns.blobs()(draft.body),
-        json(draft.headers),
-        json(draft.query),
+        columns.json_of(draft.headers),
+        columns.json_of(draft.query),
     )
 
 

@@ -141,9 +141,8 @@ class BatchingWriter(Generic[Job, Result]):
         """
         count = len(self._gathered)
         quiet_turns = 0 if count > known else quiet_turns + 1
-        if (
-            quiet_turns < min(self._answered_last // 2, MOST_QUIET_TURNS)
-            and count < min(self._expected, self._most_at_once)
+        if quiet_turns < min(self._answered_last // 2, MOST_QUIET_TURNS) and count < min(
+            self._expected, self._most_at_once
         ):
             os.sched_yield()  # who is about to send may need this core for it
             asyncio.get_running_loop().call_soon(self._hand_over, count, quiet_turns)

@@ -13,7 +13,7 @@ from typing import Any
 from uuid import UUID, uuid4
 
 import pytest
-from django.db import DatabaseError, IntegrityError, connection, transaction
+from django.db import DatabaseError, DataError, IntegrityError, connection, transaction
 from django.test.utils import CaptureQueriesContext
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -72,9 +72,9 @@ def stored(delivery: dict[str, Any]) -> dict[str, Any]:
     return {
         **delivery,
         "received_at": columns.moments()(delivery["received_at"]),
-        "answer": columns.jsons()(delivery["answer"]),
-        "headers": columns.jsons()(delivery["headers"]),
-        "query": columns.jsons()({}),
+        "answer": columns.json_of(delivery["answer"]),
+        "headers": columns.json_of(delivery["headers"]),
+        "query": columns.json_of({}),
         "has_body": columns.flags()(delivery["has_body"]),
         "body": columns.blobs()(delivery["body"]),
     }
@@ -108,6 +108,14 @@ def insert(names: tuple[str, ...], made: list[dict[str, Any]]) -> None:
     columns.insert(
         HookDelivery._meta.db_table, names, [[row[name] for name in names] for row in made]
     )
+
+
+def test_a_value_that_is_too_long_is_refused_and_not_cut() -> None:
+    if columns.is_sqlite():
+        pytest.skip("SQLite has no longest text")
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS, "path": "x" * 501}
+    with pytest.raises(DataError), transaction.atomic():
+        insert(tuple(row), [row])
 
 
 @pytest.mark.parametrize("is_pipelined", [False, True])
