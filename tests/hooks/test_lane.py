@@ -561,6 +561,26 @@ def test_records_that_wait_are_bounded_and_what_is_left_out_is_said(
         until(lambda: HookDelivery.objects.count() == 2)
 
 
+def test_at_the_end_what_was_refused_is_recorded_and_what_takes_too_long_is_left(
+    site: Site, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    GatewaySettings.objects.update(max_queued_events=0)
+    refused = Request({"text": "x"})
+    with lane.running():
+        lane._afterwards.submit(time.sleep, 0.3)
+        assert site.ask(refused)[0] == 429
+    assert HookDelivery.objects.count() == 1
+    monkeypatch.setattr(lane, "AFTERWARDS_SECONDS", 0.1)
+    is_open = threading.Event()
+    with lane.running():
+        lane._afterwards.submit(is_open.wait, 10)
+        assert site.ask(refused)[0] == 429
+    is_open.set()
+    lane._afterwards.submit(lambda: None).result(10)
+    assert HookDelivery.objects.count() == 1
+    assert not lane._under_way
+
+
 def test_who_leaves_has_the_event_stored_once(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
     request = Request({"text": "x"})
     with holding(monkeypatch) as (is_open, sizes):
