@@ -163,15 +163,23 @@ class HookLane:
 
     def _take(self) -> None:
         asked, self._asked = self._asked, []
-        for scope, path, body, told in asked:
-            arrival = _arrival(scope, path, body)
-            if arrival is None:
-                told(None)
-                continue
+        for request in asked:
             try:
-                writer.put(arrival, partial(_settle, arrival, told))
-            except WakeError as error:
-                _settle(arrival, told, error)
+                _put(request)
+            except Exception:  # the others wait, too
+                logger.exception("hooks: a request could not be taken")
+
+
+def _put(asked: _Asked) -> None:
+    """Have a request stored, or tell at once that it goes the other way or cannot be."""
+    arrival = _arrival(asked.scope, asked.path, asked.body)
+    if arrival is None:
+        asked.told(None)
+        return
+    try:
+        writer.put(arrival, partial(_settle, arrival, asked.told))
+    except WakeError as error:
+        _settle(arrival, asked.told, error)
 
 
 def _tell(told: asyncio.Future[Settled | None], settled: Settled | None) -> None:

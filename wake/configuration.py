@@ -207,8 +207,6 @@ def keep_fresh() -> Iterator[None]:
                 _asked.clear()
             try:
                 on_kept_connection(_freshen)
-            except DatabaseError:
-                logger.warning("configuration: cannot be read; the last one stays in force")
             except Exception:
                 # This thread never ends: without it, old values would stay in force for ever.
                 logger.exception("configuration: it cannot be read; the last one stays in force")
@@ -228,7 +226,10 @@ def keep_fresh() -> Iterator[None]:
 
 def _freshen() -> None:
     for snapshot in _snapshots:
-        snapshot.freshen()
+        try:
+            snapshot.freshen()
+        except DatabaseError:
+            logger.warning("configuration: cannot be read; the last one stays in force")
 
 
 def _contents(tables: Sequence[type[Model]]) -> bytes:

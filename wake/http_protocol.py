@@ -148,6 +148,8 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         cycle: Any = self._unstarted
         if cycle is None or cycle is not self.cycle or self._taker is None:
             return
+        if self.flow.write_paused:
+            return  # a task waits until what was answered is read
         answer, otherwise = partial(self._answer, cycle), partial(self._start_asgi_task, cycle)
         scope = cast("Scope", cycle.scope)
         if self._taker.take_whole(scope, bytes(cycle.body), answer, otherwise):

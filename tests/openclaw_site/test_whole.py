@@ -255,6 +255,29 @@ async def test_a_server_that_stops_answers_what_was_taken() -> None:
     assert answer.endswith(b"taken1!")
 
 
+async def test_who_reads_no_answers_is_not_asked_for_more() -> None:
+    application, body = Later(0), PART
+    async with serving(application, BoundedHeadProtocol, access_log=False) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
+        with contextlib.closing(writer):
+
+            async def send() -> None:
+                for _ in range(PARTS):
+                    writer.write(post("/taken1", body))
+                    await writer.drain()
+                    await asyncio.sleep(0.002)
+
+            sending = asyncio.create_task(send())
+            await asyncio.sleep(2)
+            assert 0 < len(application.taken) + len(application.served) < PARTS / 2
+            for _ in range(PARTS):
+                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+                (length,) = re.findall(rb"content-length: (\d+)", head)
+                await asyncio.wait_for(reader.readexactly(int(length)), 5)
+            await sending
+    assert len(application.taken) + len(application.served) == PARTS
+
+
 async def test_who_leaves_before_the_answer_is_no_error(caplog: pytest.LogCaptureFixture) -> None:
     application = Later()
     async with serving(application, BoundedHeadProtocol, access_log=False) as port:
