@@ -76,6 +76,7 @@ class BatchingWriter(Generic[Job, Result]):
         # What is not handed over yet, and what the thread has been given.
         self._gathered: list[tuple[Job, Callable[[Result | WakeError], None]]] = []
         self._under_way: list[_Batch[Job, Result]] = []
+        self._taken = 0  # how many jobs those are
         self._answered_last = 0  # how many were told together, last
         self._expected = 0  # how many there are when all those have come back
         self._loop: asyncio.AbstractEventLoop | None = None
@@ -91,7 +92,7 @@ class BatchingWriter(Generic[Job, Result]):
     @property
     def waiting(self) -> int:
         """How many jobs are not stored yet."""
-        return len(self._gathered) + sum(len(batch.jobs) for batch in self._under_way)
+        return len(self._gathered) + self._taken
 
     @contextlib.contextmanager
     def running(self) -> Iterator[None]:
@@ -101,7 +102,7 @@ class BatchingWriter(Generic[Job, Result]):
         """
         batches = self._batches = SimpleQueue()
         self._gathered, self._under_way = [], []
-        self._answered_last = self._expected = 0
+        self._taken = self._answered_last = self._expected = 0
         thread = threading.Thread(target=self._serve, args=(batches,), name="writer", daemon=True)
         thread.start()
         self._is_running = True
@@ -163,6 +164,7 @@ class BatchingWriter(Generic[Job, Result]):
         del self._gathered[: self._most_at_once]
         batch: _Batch[Job, Result] = _Batch(taken)
         self._under_way.append(batch)
+        self._taken += len(taken)
         return batch
 
     def _serve(self, batches: SimpleQueue[_Batch[Job, Result] | None]) -> None:
@@ -204,8 +206,9 @@ class BatchingWriter(Generic[Job, Result]):
         if batch.is_told:
             return
         batch.is_told = True
-        with contextlib.suppress(ValueError):  # of an earlier time that this ran
+        if batch in self._under_way:  # else it is of an earlier time that this ran
             self._under_way.remove(batch)
+            self._taken -= len(batch.jobs)
         self._answered_last = len(batch.told)
         self._expected = len(self._gathered) + len(batch.told)
         if self._gathered:
