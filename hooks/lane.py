@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import logging
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -157,7 +158,9 @@ class HookLane:
         if scope["type"] != "http" or (path := _hook_path(scope)) is None:
             return False
         if not self._asked:
-            asyncio.get_running_loop().call_soon(self._take)
+            # In nobody's context: they are requests of several connections.
+            loop, context = asyncio.get_running_loop(), contextvars.Context()
+            loop.call_soon(self._take, context=context)
         self._asked.append(_Asked(scope, path, body, told))
         return True
 
@@ -196,9 +199,11 @@ def _settle(
     settled = (
         deliveries.refused_by_storage(arrival, stored) if isinstance(stored, WakeError) else stored
     )
-    told(settled)
-    if settled and not (settled.is_recorded and _is_use_noted(arrival)):
-        _do_afterwards(settled, arrival)
+    try:
+        told(settled)
+    finally:
+        if settled and not (settled.is_recorded and _is_use_noted(arrival)):
+            _do_afterwards(settled, arrival)
 
 
 def _arrival(scope: HTTPScope, path: str, body: bytes) -> Arrival | None:

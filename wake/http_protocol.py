@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from functools import partial
-from typing import Any, Final, Protocol, cast
+from typing import Any, Final, NoReturn, Protocol, cast
 
 from asgiref.typing import ASGI3Application, Scope
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
@@ -18,6 +18,8 @@ MAX_HEAD_BYTES: Final = 64 * 1024
 
 # A request's head must be complete so many seconds after it, or its connection, has begun.
 HEAD_SECONDS: Final = 30
+
+_TOO_LARGE: Final = "The request's headers are too large."
 
 # The ASGI extension by which an answer is written whole: its `write` is a `WriteWhole`.
 WHOLE_ANSWER: Final = "openclaw.http.response.whole"
@@ -59,8 +61,9 @@ def _nothing() -> None:
 class BoundedHeadProtocol(HttpToolsProtocol):
     """HTTP/1.1 whose request line and headers may take 64 KiB, and 30 s.
 
-    A larger head is answered 400 and closed, a slower one is closed. The parser has no limit of
-    its own, and takes ever longer over a head that does not end. Only GET becomes a WebSocket.
+    A larger head is answered 400 and closed (one that does not end, a segment later at most), a
+    slower one is closed. The parser has no limit of its own, and takes ever longer over a head that
+    does not end. Only GET becomes a WebSocket.
     """
 
     head_seconds: float = HEAD_SECONDS
@@ -68,7 +71,11 @@ class BoundedHeadProtocol(HttpToolsProtocol):
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._is_in_head = False
-        self._head_bytes = 0
+        self._received_bytes = 0  # just now
+        # Of the head under way: what was received when it began, what came since then without its
+        # end, and whether there was a time between.
+        self._first_bytes = self._head_bytes = 0
+        self._began_before = False
         self._head_timer: asyncio.TimerHandle | None = None
         self._idle_since: float | None = None
         # The server's own header lines, and the headers that they are: new ones every second.
@@ -84,6 +91,7 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             self._taker = self.app
         self._unstarted: Any = None
         self._is_receiving = False
+        self._serving: Any = None  # the request that is served now
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override] # as uvicorn does
         super().connection_made(transport)
@@ -94,7 +102,25 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         if self.timeout_keep_alive_task:
             self.timeout_keep_alive_task.cancel()
             self.timeout_keep_alive_task = None
+        # The server tells only the last request, and there may be others before it.
+        for cycle in (self._serving, *(cycle for cycle, _ in self.pipeline)):
+            if cycle is not None and not cycle.response_complete:
+                cycle.disconnected = True
+                cycle.message_event.set()
         super().connection_lost(exc)
+
+    def send_400_response(self, msg: str) -> None:
+        if not self.transport.is_closing():  # else it was refused already
+            super().send_400_response(msg)
+
+    def _refuse(self, why: str) -> NoReturn:
+        """Answer 400, and let the parser take nothing more: its body is no other request's."""
+        self.send_400_response(why)
+        raise ValueError(why)
+
+    def _measured_head(self) -> int:
+        """Return how many bytes a head took, its spaces and line ends about."""
+        return len(self.url) + sum(len(name) + len(value) + 4 for name, value in self.headers)
 
     def _await_head(self) -> None:
         if self._head_timer is None:
@@ -106,11 +132,7 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             self._head_timer = None
 
     def data_received(self, data: bytes) -> None:
-        if self._is_in_head:
-            self._head_bytes += len(data)
-            if self._head_bytes > MAX_HEAD_BYTES:
-                self.send_400_response("The request's headers are too large.")
-                return
+        self._received_bytes = len(data)
         self._is_receiving = True
         try:
             super().data_received(data)
@@ -119,25 +141,36 @@ class BoundedHeadProtocol(HttpToolsProtocol):
             if cycle := self._unstarted:
                 self._unstarted = None
                 self._start_asgi_task(cycle, self.app)
+        if not self._is_in_head:
+            return
+        self._head_bytes += len(data) if self._began_before else 0
+        self._began_before = True
+        if self._head_bytes > MAX_HEAD_BYTES:
+            self.send_400_response(_TOO_LARGE)
         # Most heads come whole: a timer for each would take longer than to parse it.
-        if self._is_in_head and (self.cycle is None or self.cycle.response_complete):
+        elif self.cycle is None or self.cycle.response_complete:
             self._await_head()  # else an answer that is under way would be cut off
 
     def on_message_begin(self) -> None:
         self._is_in_head = True
-        self._head_bytes = 0
+        self._first_bytes, self._head_bytes = self._received_bytes, 0
+        self._began_before = False
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
         self._is_in_head = False
         self._has_head()
+        # Where it may be too large it is measured: of what was received, some is not the head.
+        most = self._first_bytes + self._head_bytes + self._received_bytes
+        if most > MAX_HEAD_BYTES and self._measured_head() > MAX_HEAD_BYTES:
+            self._refuse(_TOO_LARGE)
         if self.parser.should_upgrade() and super()._should_upgrade() and not self._is_get():
-            self.send_400_response("Only GET can be upgraded to a WebSocket.")
-            return
+            self._refuse("Only GET can be upgraded to a WebSocket.")
         super().on_headers_complete()
         self.scope["extensions"] = self._extensions
 
     def _start_asgi_task(self, cycle: Any, app: Any) -> None:
+        self._serving = cycle
         if self._is_receiving and self._taker and app is self.app:
             self._unstarted = cycle
         else:

@@ -595,6 +595,22 @@ def test_who_leaves_has_the_event_stored_once(site: Site, monkeypatch: pytest.Mo
     assert HookDelivery.objects.count() == 2
 
 
+@pytest.mark.parametrize("after", [b"", b"garbage\r\n\r\n"], ids=["leaves", "garbage"])
+@pytest.mark.parametrize("path", ["/hooks/wake", "/hooks/none"])
+def test_who_leaves_with_several_requests_under_way_is_no_error(
+    site: Site, path: str, after: bytes, caplog: pytest.LogCaptureFixture
+) -> None:
+    one = b"".join(Request({"text": "x"}, path).parts(site))
+    with lane.running():
+        for _ in range(10):
+            with socket.create_connection(("127.0.0.1", site.port), 10) as connected:
+                connected.sendall(one * 4 + after)
+                time.sleep(0.02 if after else 0)
+        assert site.ask(Request({"text": "y"}))[0] == 200
+        time.sleep(0.3)
+    assert not [record for record in caplog.records if record.levelname == "ERROR"]
+
+
 def test_who_leaves_before_the_body_is_whole_leaves_nothing(site: Site) -> None:
     parts = list(Request({"text": "x"}).parts(site))
     with lane.running():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import socket
 import subprocess
 import sys
@@ -113,6 +114,58 @@ def test_more_parameters_than_a_url_may_have_and_a_nul_end_in_no_traceback(
 
 def request_bytes(*lines: str) -> bytes:
     return "\r\n".join([*lines, "", ""]).encode()
+
+
+def long_head(size: int) -> bytes:
+    """Return a head of so many bytes."""
+    head = request_bytes("GET / HTTP/1.1", "Host: x", "X-Long: ")
+    return head.replace(b"X-Long: ", b"X-Long: " + b"x" * (size - len(head)))
+
+
+@pytest.mark.parametrize("splits", [[], [100], [100, 40_000], [40_000]], ids=str)
+@pytest.mark.parametrize(("size", "status"), [(60_000, b"204"), (70_000, b"400")])
+async def test_a_head_may_take_64_kib_however_it_comes(
+    splits: list[int], size: int, status: bytes
+) -> None:
+    head = long_head(size)
+    async with serving(answered, http=BoundedHeadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            for start, end in itertools.pairwise([0, *splits, size]):
+                writer.write(head[start:end])
+                await asyncio.sleep(0.02)
+            answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+    assert answer.split()[1] == status
+
+
+async def test_a_head_that_does_not_end_is_refused_before_long() -> None:
+    async with serving(answered, http=BoundedHeadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n")
+            sent = 0
+            while not reader._buffer and sent < 2_000_000:  # type: ignore[attr-defined]
+                writer.write(b"X-Long: " + b"x" * 1000 + b"\r\n")
+                sent += 1010
+                await asyncio.sleep(0)
+            assert (await asyncio.wait_for(reader.read(12), 5)) == b"HTTP/1.1 400"
+    assert sent < 1_000_000
+
+
+@pytest.mark.parametrize("count", [1, 40], ids=["a large body", "many requests"])
+async def test_what_comes_after_a_head_is_not_counted_with_it(count: int) -> None:
+    body = b"x" * (100_000 // count)
+    one = request_bytes("POST / HTTP/1.1", "Host: x", f"Content-Length: {len(body)}") + body
+    sent = one * count
+    async with serving(answered, http=BoundedHeadProtocol) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        with contextlib.closing(writer):
+            for part in (sent[:30], sent[30:]):
+                writer.write(part)
+                await asyncio.sleep(0.05)
+            for _ in range(count):
+                answer = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+                assert answer.startswith(b"HTTP/1.1 204")
 
 
 class Impatient(BoundedHeadProtocol):
