@@ -44,7 +44,7 @@ def main() -> None:
         from bench.chart import draw
 
         options.output.write_text(
-            draw([msgspec.json.decode(f.read_bytes()) for f in options.reports])
+            draw({f.stem: msgspec.json.decode(f.read_bytes()) for f in options.reports})
         )
         return
     with tempfile.TemporaryDirectory(dir=options.directory) as directory:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from textwrap import wrap
 from typing import Any, Final
 from xml.sax.saxutils import escape
 
@@ -10,6 +11,7 @@ ROW: Final = 26
 LEFT: Final = 380
 WIDTH: Final = 320
 RIGHT: Final = 150
+LETTER: Final = 8  # at most as wide, in the mean
 STYLE: Final = (
     "text{font:13px system-ui,sans-serif;fill:#222}"
     ".head{font-weight:600}.good{fill:#2f855a}.bad{fill:#c05621}.plain{fill:#4a6fa5}"
@@ -18,23 +20,28 @@ STYLE: Final = (
 )
 
 
-def draw(reports: Sequence[dict[str, Any]]) -> str:
-    """Return the SVG of reports as `--json` wrote them; the machine of the first is named.
+def draw(reports: Mapping[str, dict[str, Any]]) -> str:
+    """Return the SVG of reports as `--json` wrote them, by what is to stand above each.
+
+    The machine of the first is named.
 
     A bar's length is the ratio over its aim, or over the largest ratio of those without one.
     """
     parts: list[str] = []
     y = 24
-    for report in reports:
-        parts.append(f'<text class="head" x="8" y="{y}">{escape(report["bench"])}</text>')
+    for name, report in reports.items():
+        parts.append(f'<text class="head" x="8" y="{y}">{escape(name)}</text>')
         y += ROW
         parts += _bars(report["ratios"], y)
         y += ROW * len(report["ratios"]) + 8
-    said = ", ".join(f"{name} {value}" for name, value in reports[0]["machine"].items())
-    parts.append(f'<text x="8" y="{y}">{escape(said)}</text>')
     wide = LEFT + WIDTH + RIGHT
+    first = next(iter(reports.values()))
+    said = ", ".join(f"{name} {value}" for name, value in first["machine"].items())
+    for line in wrap(said, wide // LETTER):
+        parts.append(f'<text x="8" y="{y}">{escape(line)}</text>')
+        y += ROW
     return (
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {y + 12}" role="img" '
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {wide} {y}" role="img" '
         f'aria-label="Ratios measured by bench"><style>{STYLE}</style>\n'
         + "\n".join(parts)
         + "\n</svg>\n"

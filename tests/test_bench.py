@@ -236,6 +236,6 @@ def test_the_queue_is_timed_on_databases_of_its_own_and_the_reports_make_a_chart
     }
     assert str(ROOT) not in written.read_text()
     assert socket.gethostname() not in said.stdout
-    chart = draw([msgspec.json.decode(written.read_bytes())])
+    chart = draw({"queue": msgspec.json.decode(written.read_bytes())})
     bars = ElementTree.fromstring(chart).findall("{*}rect")  # noqa: S314 - our own
     assert len(bars) == 3
