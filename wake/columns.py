@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from functools import cache, lru_cache
@@ -244,9 +244,9 @@ def any_of(column: str, values: Sequence[Any]) -> tuple[str, list[Any]]:
     return f"{column} IN ({', '.join(['%s'] * len(padded))})", padded
 
 
-def _as_array(values: Iterable[Any]) -> str:
+def _as_array(values: Sequence[Any]) -> str:
     """Return what PostgreSQL reads as an array. psycopg's own way takes ten times as long."""
-    written = msgspec.json.encode(tuple(values)).decode()
+    written = msgspec.json.encode(values).decode()
     # JSON writes values as an array does, but for characters that have names of their own there.
     if "\\" in written and "\\" in written.replace("\\\\", "").replace('\\"', ""):
         written = f"[{','.join(map(_as_element, values))}]"

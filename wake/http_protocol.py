@@ -1,7 +1,7 @@
 """What the server lets a client send before anybody has looked at it, and how it writes answers.
 
 An application may take requests that are there whole, and answer them later, without a task for
-each: half of what the server does for a short request is about being able to wait for the rest.
+each (`TakesWhole`): to make one, and the coroutines in it, takes longer than to parse the request.
 """
 
 from __future__ import annotations
@@ -84,11 +84,11 @@ class BoundedHeadProtocol(HttpToolsProtocol):
         self._extensions: dict[str, dict[object, object]] = {
             WHOLE_ANSWER: {"write": self._write_whole}
         }
-        # Who is asked first, the request that waits for its body meanwhile, and until when: what
-        # comes later, or is to be logged, is served as ASGI has it.
+        # Who is asked whether it takes a request; none where answers are logged as ASGI has them.
         self._taker: TakesWhole | None = None
         if not self.access_log and hasattr(self.app, "take_whole"):
             self._taker = self.app
+        # The request whose body may come with what is received just now.
         self._unstarted: Any = None
         self._is_receiving = False
         self._serving: Any = None  # the request that is served now

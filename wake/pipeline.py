@@ -1,8 +1,8 @@
 """Statements that go to PostgreSQL together, and are prepared: libpq's pipeline mode.
 
-psycopg has it too, with a cursor for each statement, a generator for each wait and a look at all
-results after each: that takes three times as long as to send the statement and read its answer. So
-here its connection is used directly. Needs psycopg; imported where the database is PostgreSQL.
+psycopg has it too, with a cursor for each statement and a generator for each wait: that takes more
+than twice as long as all the rest. So here its connection is used directly. Needs psycopg; imported
+where the database is PostgreSQL.
 """
 
 from __future__ import annotations
