@@ -285,8 +285,6 @@ def stream(statement: str, parameters: Sequence[Any], *, at_once: int) -> Iterat
     """Yield the rows of a statement, read a few at a time."""
     database = _database()
     with database.wrap_database_errors:
-        if pipeline := _pipeline():
-            pipeline.leave()
         cursor = _run(database, statement, parameters)
         while rows := cursor.fetchmany(at_once):
             yield from rows
@@ -396,7 +394,8 @@ def pipelined_transaction() -> Iterator[None]:
     """
     with transaction.atomic():
         database = _database()
-        if is_sqlite() or not _is_used_directly(database) or _pipeline():
+        # Within another one it is watched by that one's wrapper, and so are all Django's cursors.
+        if is_sqlite() or not _is_used_directly(database):
             yield
             return
         is_outermost = len(database.atomic_blocks) == 1

@@ -324,6 +324,20 @@ def test_what_django_asks_within_a_pipeline_sees_what_was_sent() -> None:
     assert (HookDelivery.objects.count(), Session.objects.count()) == (3, 3)
 
 
+def test_a_pipeline_within_another_and_what_is_read_by_and_by_see_what_was_sent() -> None:
+    row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
+    connection.ensure_connection()
+    with columns.pipelined_transaction():
+        insert(tuple(row), [row])
+        counted = columns.stream("SELECT count(*) FROM hooks_hookdelivery", [], at_once=1)
+        assert list(counted) == [(1,)]
+        with columns.pipelined_transaction():
+            row["uid"] = columns.uuids()(uuid4())
+            insert(tuple(row), [row])
+        assert columns.fetch("SELECT count(*) FROM hooks_hookdelivery", []) == [(2,)]
+    assert HookDelivery.objects.count() == 2
+
+
 def test_a_transaction_that_is_to_be_undone_is_not_committed_in_a_pipeline() -> None:
     row = {"uid": columns.uuids()(uuid4()), **stored(A_DELIVERY), **ALWAYS}
     connection.ensure_connection()
